@@ -1,0 +1,7 @@
+"""pygen: fused, exact and reproducible kernels for generative models in PyTorch."""
+
+from pygen import ops, reference
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "ops", "reference"]

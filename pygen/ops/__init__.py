@@ -1,0 +1,6 @@
+"""The fused ops as functions: differentiable, compilable, on every device."""
+
+from pygen.ops.affine_coupling import additive_coupling, affine_coupling
+from pygen.ops.cumax import cumax
+
+__all__ = ["additive_coupling", "affine_coupling", "cumax"]

@@ -1,0 +1,20 @@
+"""Every op in plain PyTorch: the truth in tests, the baseline in benchmarks, the fallback on other devices."""
+
+from pygen.reference.affine_coupling import (
+    SCALE_MAPS,
+    additive_coupling,
+    affine_coupling,
+    affine_coupling_backward,
+    log_scale,
+)
+from pygen.reference.cumax import cumax, cumax_backward
+
+__all__ = [
+    "SCALE_MAPS",
+    "additive_coupling",
+    "affine_coupling",
+    "affine_coupling_backward",
+    "cumax",
+    "cumax_backward",
+    "log_scale",
+]
