@@ -1,0 +1,55 @@
+// Blocks of affine coupling at one instruction-set level. csrc/affine_coupling.cpp describes the tensors and calls these.
+#pragma once
+
+#include <cstdint>
+
+#include "tables.h"
+
+namespace pygen {
+
+enum class ScaleMap { kExp, kTanh, kSigmoid, kNflows, kSoftplus, kAtan };
+constexpr int kScaleMaps = 6;
+
+// The published maps' constants; pygen/reference/affine_coupling.py has them under the same names.
+constexpr double kSigmoidOffset = 2.0;
+constexpr double kNflowsFloor = 1e-3;
+constexpr double kNflowsSoftplusCeiling = 3.0;
+constexpr double kFreiaAtanGain = 0.636;
+
+constexpr int kMaxOperandDims = 8;
+
+// One sample of a (B, ...) tensor as few dimensions as its strides allow, innermost last; strides in elements.
+struct CouplingOperand {
+  const void* data;  // null: zeros
+  int64_t sample_stride;
+  int dims;
+  int64_t size[kMaxOperandDims], stride[kMaxOperandDims];
+};
+
+struct CouplingTask {
+  CouplingOperand x, scale, shift, grad_y;
+  const void* grad_log_det;  // one value of the computing type a sample, or null: zeros
+  int64_t grad_log_det_stride;
+  void* y;           // forward: y; backward: the gradient of x; contiguous
+  void* grad_scale;  // backward; contiguous
+  double* log_det;   // forward: [samples, parts] partial sums
+  // Work is cut into blocks: a part of `part_size` elements of one large sample, or several small samples (parts = 1).
+  int64_t samples, sample_size, parts, part_size, samples_per_block;
+  bool shift_first, inverse;
+  double clamp;
+};
+
+enum class CouplingType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kCouplingTypes = 4;
+
+// Compute the blocks begin, ..., end - 1.
+using CouplingKernel = void (*)(const CouplingTask&, int64_t begin, int64_t end);
+
+struct CouplingKernels {
+  CouplingKernel forward[kCouplingTypes][kScaleMaps];
+  CouplingKernel backward[kCouplingTypes][kScaleMaps];
+};
+
+PYGEN_DECLARE_KERNELS(CouplingKernels, coupling_kernels)
+
+}  // namespace pygen

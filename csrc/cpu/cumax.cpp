@@ -1,0 +1,331 @@
+// cumax of one row: the maximum, the exponentials, and a scan. Each pass finds the row in cache; memory is read once and
+// written once.
+//
+// Three things make the result exact:
+// - e^x is not computed from x - max, which rounds, but as e^x 2^-N with one N for the row, which does not.
+// - Sums are kept in float64.
+// - The scan adds to each half of a block the total of the half before it (Sklansky's network). Rounding is monotone, so
+//   the sums are monotone; the usual network (Kogge-Stone) adds the same numbers in different orders and is not.
+#include "cumax.h"
+
+#include "math.h"
+
+PYGEN_BEGIN_LEVEL
+
+// ---- scans of one vector ---------------------------------------------------------------------------------------------
+// shift_front(v, fill): (fill, v0, v1, ...); shift_back(v, fill): (v1, v2, ..., fill); fill has the same value in all lanes.
+
+#if PYGEN_VECTOR_BYTES == 64
+PYGEN_INLINE f64v prefix_sum(f64v v) {
+  v += __builtin_shufflevector(v, f64v{}, 8, 0, 8, 2, 8, 4, 8, 6);
+  v += __builtin_shufflevector(v, f64v{}, 8, 8, 1, 1, 8, 8, 5, 5);
+  return v + __builtin_shufflevector(v, f64v{}, 8, 8, 8, 8, 3, 3, 3, 3);
+}
+PYGEN_INLINE f64v suffix_sum(f64v v) {
+  v += __builtin_shufflevector(v, f64v{}, 1, 8, 3, 8, 5, 8, 7, 8);
+  v += __builtin_shufflevector(v, f64v{}, 2, 2, 8, 8, 6, 6, 8, 8);
+  return v + __builtin_shufflevector(v, f64v{}, 4, 4, 4, 4, 8, 8, 8, 8);
+}
+PYGEN_INLINE f64v first_lane(f64v v) { return __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0); }
+PYGEN_INLINE f64v last_lane(f64v v) { return __builtin_shufflevector(v, v, 7, 7, 7, 7, 7, 7, 7, 7); }
+PYGEN_INLINE f64v shift_front(f64v v, f64v fill) { return __builtin_shufflevector(fill, v, 0, 8, 9, 10, 11, 12, 13, 14); }
+PYGEN_INLINE f64v shift_back(f64v v, f64v fill) { return __builtin_shufflevector(v, fill, 1, 2, 3, 4, 5, 6, 7, 8); }
+#elif PYGEN_VECTOR_BYTES == 32
+PYGEN_INLINE f64v prefix_sum(f64v v) {
+  v += __builtin_shufflevector(v, f64v{}, 4, 0, 4, 2);
+  return v + __builtin_shufflevector(v, f64v{}, 4, 4, 1, 1);
+}
+PYGEN_INLINE f64v suffix_sum(f64v v) {
+  v += __builtin_shufflevector(v, f64v{}, 1, 4, 3, 4);
+  return v + __builtin_shufflevector(v, f64v{}, 2, 2, 4, 4);
+}
+PYGEN_INLINE f64v first_lane(f64v v) { return __builtin_shufflevector(v, v, 0, 0, 0, 0); }
+PYGEN_INLINE f64v last_lane(f64v v) { return __builtin_shufflevector(v, v, 3, 3, 3, 3); }
+PYGEN_INLINE f64v shift_front(f64v v, f64v fill) { return __builtin_shufflevector(fill, v, 0, 4, 5, 6); }
+PYGEN_INLINE f64v shift_back(f64v v, f64v fill) { return __builtin_shufflevector(v, fill, 1, 2, 3, 4); }
+#else
+PYGEN_INLINE f64v prefix_sum(f64v v) { return v + __builtin_shufflevector(v, f64v{}, 2, 0); }
+PYGEN_INLINE f64v suffix_sum(f64v v) { return v + __builtin_shufflevector(v, f64v{}, 1, 2); }
+PYGEN_INLINE f64v first_lane(f64v v) { return __builtin_shufflevector(v, v, 0, 0); }
+PYGEN_INLINE f64v last_lane(f64v v) { return __builtin_shufflevector(v, v, 1, 1); }
+PYGEN_INLINE f64v shift_front(f64v v, f64v fill) { return __builtin_shufflevector(fill, v, 0, 2); }
+PYGEN_INLINE f64v shift_back(f64v v, f64v fill) { return __builtin_shufflevector(v, fill, 1, 2); }
+#endif
+
+// ---- scans of a row --------------------------------------------------------------------------------------------------
+// `emit(i, sums)` receives the running sums of the doubles that begin at element i. A last, incomplete vector is filled
+// with zeros, which change no sum; emit must not write beyond the row.
+
+template <typename T>
+struct Wide;  // the doubles of one vector of T: two vectors for float, one for double
+
+template <>
+struct Wide<float> {
+  static constexpr int parts = 2;
+  f64v part[2];
+  PYGEN_INLINE Wide of(f32v v) { return {{low_half(v), high_half(v)}}; }
+};
+template <>
+struct Wide<double> {
+  static constexpr int parts = 1;
+  f64v part[1];
+  PYGEN_INLINE Wide of(f64v v) { return {{v}}; }
+};
+
+template <typename T>
+PYGEN_INLINE typename VecOf<T>::vec load_at(const T* p, int64_t i, int64_t n) {
+  return i + VecOf<T>::lanes <= n ? load(p + i) : load_some(p + i, n - i, T(0));
+}
+
+// From the front: sum_{j <= k}, or sum_{j < k} if exclusive. The parts of a vector are joined before the carry comes in,
+// so that the chain on which the next vector waits is one addition long.
+template <bool exclusive, typename T, typename Emit>
+PYGEN_INLINE void scan_from_front(const T* values, int64_t n, Emit emit) {
+  constexpr int step = VecOf<double>::lanes;
+  f64v carry{};
+  for (int64_t i = 0; i < n; i += VecOf<T>::lanes) {
+    const auto wide = Wide<T>::of(load_at(values, i, n));
+    f64v total{};
+    for (int part = 0; part < Wide<T>::parts; ++part) {
+      const f64v sums = part ? total + prefix_sum(wide.part[part]) : prefix_sum(wide.part[part]);
+      emit(i + part * step, carry + (exclusive ? shift_front(sums, total) : sums));
+      total = last_lane(sums);
+    }
+    carry += total;
+  }
+}
+
+// From the back: sum_{j >= k}, or sum_{j > k} if exclusive.
+template <bool exclusive, typename T, typename Emit>
+PYGEN_INLINE void scan_from_back(const T* values, int64_t n, Emit emit) {
+  constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
+  f64v carry{};
+  for (int64_t i = (n - 1) / lanes * lanes; i >= 0; i -= lanes) {
+    const auto wide = Wide<T>::of(load_at(values, i, n));
+    f64v total{};
+    for (int part = Wide<T>::parts - 1; part >= 0; --part) {
+      const f64v sums = part < Wide<T>::parts - 1 ? total + suffix_sum(wide.part[part]) : suffix_sum(wide.part[part]);
+      emit(i + part * step, carry + (exclusive ? shift_back(sums, total) : sums));
+      total = first_lane(sums);
+    }
+    carry += total;
+  }
+}
+
+PYGEN_INLINE void store_wide(double* row, int64_t i, int64_t n, f64v v) {
+  if (i + VecOf<double>::lanes <= n) {
+    store(row + i, v);
+  } else if (i < n) {
+    store_some(row + i, v, n - i);
+  }
+}
+
+PYGEN_INLINE void store_wide(float* row, int64_t i, int64_t n, f64v v) {
+  const f32half half = to_f32(v);
+  if (i + VecOf<double>::lanes <= n) {
+    *reinterpret_cast<f32half_unaligned*>(row + i) = half;
+  } else if (i < n) {
+    float lane[VecOf<double>::lanes];
+    memcpy(lane, &half, sizeof half);
+    for (int64_t k = i; k < n; ++k) row[k] = lane[k - i];
+  }
+}
+
+// ---- the exponentials of a row ---------------------------------------------------------------------------------------
+
+template <typename T>
+struct Limits;
+// Elements this far below the maximum are 0 next to it, even as subnormals. Up to `direct`, x / ln 2 rounds to the right
+// integer or its neighbour, which the reduction allows; a row beyond is shifted by its maximum first, without loss that
+// could be seen: at that size the elements themselves are spaced wider than their differences' rounding.
+template <>
+struct Limits<float> {
+  static constexpr float depth = 110.f, direct = 0x1p15f;
+};
+template <>
+struct Limits<double> {
+  static constexpr double depth = 760., direct = 0x1p40;
+};
+
+template <typename T>
+PYGEN_INLINE T row_maximum(const T* x, int64_t n) {
+  constexpr int lanes = VecOf<T>::lanes;
+  const T lowest = T(-__builtin_inf());
+  auto first = splat(lowest), second = first, third = first, fourth = first;
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    first = at_least(load(x + i), first);
+    second = at_least(load(x + i + lanes), second);
+    third = at_least(load(x + i + 2 * lanes), third);
+    fourth = at_least(load(x + i + 3 * lanes), fourth);
+  }
+  for (; i < n; i += lanes)
+    first = at_least(i + lanes <= n ? load(x + i) : load_some(x + i, n - i, lowest), first);
+  first = at_least(at_least(first, second), at_least(third, fourth));
+  T lane[lanes], maximum = lowest;
+  store(lane, first);
+  for (int k = 0; k < lanes; ++k) maximum = lane[k] < maximum ? maximum : lane[k];
+  return maximum;
+}
+
+// e[i] = e^x[i] up to a factor that all elements share; returns their sum, NaN if softmax cannot normalise the row.
+template <typename T>
+PYGEN_INLINE double exponentials(const T* x, T* e, int64_t n) {
+  constexpr int lanes = VecOf<T>::lanes;
+  T maximum = row_maximum(x, n);
+  if (!(__builtin_fabs(maximum) < T(__builtin_inf()))) return __builtin_nan("");
+  if (__builtin_fabs(maximum) > Limits<T>::direct) {
+    for (int64_t i = 0; i < n; ++i) e[i] = x[i] - maximum;
+    x = e;
+    maximum = 0;
+  }
+  const auto shift = reduce_by_ln2(splat(maximum)).n;
+  const auto floor = splat(maximum - Limits<T>::depth);
+  f64v sum{};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto v = exp_shifted(at_least(load(x + i), floor), shift);
+    store(e + i, v);
+    accumulate(sum, v);
+  }
+  if (i < n) {
+    const auto v = exp_shifted(at_least(load_some(x + i, n - i, T(-__builtin_inf())), floor), shift);
+    store_some(e + i, v, n - i);
+    accumulate(sum, load_some(e + i, n - i, T(0)));
+  }
+  return sum_of_lanes(sum);
+}
+
+// ---- one row ---------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void fill_row(T* row, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) row[i] = value;
+}
+
+template <typename T>
+void forward_row(const T* x, T* y, int64_t n, bool complement) {
+  const double sum = exponentials(x, y, n);
+  if (sum != sum) return fill_row(y, n, T(__builtin_nan("")));
+  const f64v scale = splat(1 / sum);
+  if (complement) {
+    scan_from_back<true>(y, n, [=](int64_t i, f64v sums) __attribute__((always_inline)) {
+      store_wide(y, i, n, sums * scale);
+    });
+  } else {
+    // `sum` was taken in another order than the scan's: in float64 the last quotients can differ from 1 by its rounding.
+    scan_from_front<false>(y, n, [=](int64_t i, f64v sums) __attribute__((always_inline)) {
+      store_wide(y, i, n, sizeof(T) == 8 ? at_most(sums * scale, splat(1.)) : sums * scale);
+    });
+    y[n - 1] = 1;
+  }
+}
+
+// dx_j = p_j (G_j - sum_i p_i G_i), G the sums of the incoming gradient; dx holds e until the end.
+template <typename T>
+void backward_row(const T* x, const T* grad, T* dx, int64_t n, bool complement, double* sums_of_grad) {
+  const double sum = exponentials(x, dx, n);
+  if (sum != sum) return fill_row(dx, n, T(__builtin_nan("")));
+  const auto keep = [=](int64_t i, f64v sums) __attribute__((always_inline)) { store_wide(sums_of_grad, i, n, sums); };
+  if (complement) {
+    scan_from_front<true>(grad, n, keep);
+  } else {
+    scan_from_back<false>(grad, n, keep);
+  }
+  constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
+  f64v products{};
+  for (int64_t i = 0; i < n; i += lanes) {
+    const auto e = Wide<T>::of(load_at(dx, i, n));
+    for (int part = 0; part < Wide<T>::parts; ++part)
+      products += e.part[part] * load_at(sums_of_grad, i + part * step, n);
+  }
+  const f64v scale = splat(1 / sum), mean = splat(sum_of_lanes(products) / sum);
+  for (int64_t i = 0; i < n; i += lanes) {
+    const auto e = Wide<T>::of(load_at(dx, i, n));
+    for (int part = 0; part < Wide<T>::parts; ++part) {
+      const int64_t at = i + part * step;
+      store_wide(dx, at, n, e.part[part] * scale * (load_at(sums_of_grad, at, n) - mean));
+    }
+  }
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
+
+// Row r of a tile as contiguous values of the computing type: the tensor itself where it is that, else a copy.
+template <typename In>
+struct Gathered {
+  using T = compute_t<In>;
+  const In* data;
+  const CumaxRows& rows;
+  T* copy;  // rows x length, or null
+
+  const T* row(int64_t r, int64_t n) const {
+    return copy ? copy + r * n : reinterpret_cast<const T*>(data + rows.offsets[r]);
+  }
+};
+
+template <typename In>
+Gathered<In> gather_rows(const CumaxRows& rows, int64_t count, int64_t n, compute_t<In>*& scratch) {
+  const In* data = static_cast<const In*>(rows.data);
+  if (rows.stride == 1 && sizeof(In) == sizeof(compute_t<In>)) return {data, rows, nullptr};
+  compute_t<In>* copy = scratch;
+  scratch += count * n;
+  if (rows.stride == 1) {
+    for (int64_t r = 0; r < count; ++r) gather(data + rows.offsets[r], 1, n, copy + r * n);
+  } else {
+    // Element by element over all rows: rows of a strided dimension usually lie side by side.
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < count; ++r) copy[r * n + i] = widen(data[rows.offsets[r] + i * rows.stride]);
+  }
+  return {data, rows, copy};
+}
+
+// Where row r is computed: in the output itself, or in scratch from which scatter_rows() brings it there.
+template <typename Out>
+void scatter_rows(const compute_t<Out>* copy, const CumaxRows& rows, int64_t count, int64_t n) {
+  Out* data = static_cast<Out*>(const_cast<void*>(rows.data));
+  if (rows.stride == 1) {
+    for (int64_t r = 0; r < count; ++r) scatter(copy + r * n, 1, n, data + rows.offsets[r]);
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < count; ++r) narrow(copy[r * n + i], data + rows.offsets[r] + i * rows.stride);
+  }
+}
+
+template <typename In, typename Compute>
+void over_rows(const CumaxTile& tile, compute_t<In>* scratch, Compute compute) {
+  using T = compute_t<In>;
+  const bool in_place = tile.out.stride == 1 && sizeof(In) == sizeof(T);
+  T* copy = in_place ? nullptr : scratch;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    compute(r, in_place ? static_cast<T*>(const_cast<void*>(tile.out.data)) + tile.out.offsets[r]
+                        : copy + r * tile.length);
+  if (!in_place) scatter_rows<In>(copy, tile.out, tile.rows, tile.length);
+}
+
+template <typename In>
+void forward(const CumaxTile& tile) {
+  auto* scratch = static_cast<compute_t<In>*>(tile.scratch);
+  const int64_t n = tile.length;
+  const auto x = gather_rows<In>(tile.x, tile.rows, n, scratch);
+  over_rows<In>(tile, scratch, [&](int64_t r, compute_t<In>* y) { forward_row(x.row(r, n), y, n, tile.complement); });
+}
+
+template <typename In>
+void backward(const CumaxTile& tile) {
+  const int64_t n = tile.length;
+  auto* sums = static_cast<double*>(tile.scratch);
+  auto* scratch = reinterpret_cast<compute_t<In>*>(sums + n);
+  const auto x = gather_rows<In>(tile.x, tile.rows, n, scratch);
+  const auto grad = gather_rows<In>(tile.grad, tile.rows, n, scratch);
+  over_rows<In>(tile, scratch, [&](int64_t r, compute_t<In>* dx) {
+    backward_row(x.row(r, n), grad.row(r, n), dx, n, tile.complement, sums);
+  });
+}
+
+extern const CumaxKernels cumax_kernels = {
+    {forward<float>, forward<double>, forward<bf16>, forward<f16>},
+    {backward<float>, backward<double>, backward<bf16>, backward<f16>},
+};
+
+PYGEN_END_LEVEL

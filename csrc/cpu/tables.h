@@ -1,0 +1,20 @@
+// PYGEN_DECLARE_KERNELS(Type, name): one table of kernels, defined under the same name by every instruction-set level.
+#pragma once
+
+#if defined(PYGEN_X86_LEVELS)
+#define PYGEN_DECLARE_KERNELS(type, table) \
+  namespace baseline {                     \
+  extern const type table;                 \
+  }                                        \
+  namespace avx2 {                         \
+  extern const type table;                 \
+  }                                        \
+  namespace avx512 {                       \
+  extern const type table;                 \
+  }
+#else
+#define PYGEN_DECLARE_KERNELS(type, table) \
+  namespace baseline {                     \
+  extern const type table;                 \
+  }
+#endif

@@ -1,0 +1,108 @@
+// cumax on the CPU: checks, allocation, threads. The arithmetic is csrc/cpu/cumax.cpp.
+#include "cpu/cumax.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
+#include "capability.h"
+#include "rows.h"
+#include "tensor.h"
+
+namespace pygen {
+namespace {
+
+CumaxType type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return CumaxType::kFloat32;
+    case ScalarType::Double:
+      return CumaxType::kFloat64;
+    case ScalarType::BFloat16:
+      return CumaxType::kBFloat16;
+    case ScalarType::Half:
+      return CumaxType::kFloat16;
+    default:
+      throw std::runtime_error("cumax: x must be floating point (float64, float32, bfloat16, float16), got " +
+                               dtype_string(x.scalar_type()));
+  }
+}
+
+int64_t checked_dim(const Tensor& x, int64_t dim) {
+  const int64_t rank = std::max<int64_t>(x.dim(), 1);
+  if (dim < -rank || dim >= rank)
+    throw std::out_of_range("cumax: dim must be in [" + std::to_string(-rank) + ", " + std::to_string(rank - 1) +
+                            "] for x of shape " + shape_string(x) + ", got " + std::to_string(dim));
+  return dim < 0 ? dim + rank : dim;
+}
+
+using RowKernel = void (*)(const CumaxTile&);
+
+// Scratch for one task, aligned for the widest vectors.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(new char[bytes + kAlignment]) {}
+  void* data() const {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment *
+                                   kAlignment);
+  }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+  std::unique_ptr<char[]> memory_;
+};
+
+Tensor over_rows(RowKernel kernel, const Tensor* grad, const Tensor& x, int64_t dim, bool complement) {
+  Tensor out = empty_contiguous_like(x);
+  if (x.numel() == 0) return out;
+  const int64_t length = x.dim() == 0 ? 1 : x.size(dim);
+  const int64_t rows = x.numel() / length;
+  const RowOffsets x_rows(x, dim), out_rows(out, dim), grad_rows(grad ? *grad : x, dim);
+  const void* x_data = x.const_data_ptr();
+  const void* grad_data = grad ? grad->const_data_ptr() : nullptr;
+  void* out_data = out.mutable_data_ptr();
+  const bool side_by_side = x_rows.stride() != 1 || out_rows.stride() != 1 || grad_rows.stride() != 1;
+  const int64_t tile_rows = side_by_side ? std::min(kCumaxTileRows, rows) : 1;
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (tile_rows * length));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(cumax_scratch_bytes(tile_rows, length));
+    int64_t x_offsets[kCumaxTileRows], grad_offsets[kCumaxTileRows], out_offsets[kCumaxTileRows];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * tile_rows, count = std::min(tile_rows, rows - first);
+      x_rows.write(first, count, x_offsets);
+      grad_rows.write(first, count, grad_offsets);
+      out_rows.write(first, count, out_offsets);
+      kernel({{x_data, x_offsets, x_rows.stride()},
+              {grad_data, grad_offsets, grad_rows.stride()},
+              {out_data, out_offsets, out_rows.stride()},
+              count,
+              length,
+              complement,
+              scratch.data()});
+    }
+  });
+  return out;
+}
+
+Tensor cumax(const Tensor& x, int64_t dim, bool complement) {
+  const auto type = static_cast<int>(type_of(x));
+  return over_rows(PYGEN_KERNELS(cumax_kernels).forward[type], nullptr, x, checked_dim(x, dim), complement);
+}
+
+Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool complement) {
+  const auto type = static_cast<int>(type_of(x));
+  STD_TORCH_CHECK(same_shape(grad, x), "cumax: the incoming gradient must have x's shape ", shape_string(x), ", got ",
+                  shape_string(grad));
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "cumax: the incoming gradient must have x's dtype ",
+                  dtype_string(x.scalar_type()), ", got ", dtype_string(grad.scalar_type()));
+  return over_rows(PYGEN_KERNELS(cumax_kernels).backward[type], &grad, x, checked_dim(x, dim), complement);
+}
+
+}  // namespace
+}  // namespace pygen
+
+STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {
+  m.impl("cumax", TORCH_BOX(&pygen::cumax));
+  m.impl("cumax_backward", TORCH_BOX(&pygen::cumax_backward));
+}

@@ -1,0 +1,15 @@
+// Every operator's schema: the list of what pygen offers to torch. Kernels: csrc/<op>.cpp for the CPU,
+// triton_kernels/<op>.py and csrc/cuda/<op>.cu for the GPU. What the arguments mean: pygen/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pygen, m) {
+  m.def("cumax(Tensor x, int dim, bool complement) -> Tensor");
+  m.def("cumax_backward(Tensor grad, Tensor x, int dim, bool complement) -> Tensor");
+
+  m.def(
+      "affine_coupling(Tensor x, Tensor scale, Tensor shift, str scale_map, bool shift_first, float clamp, "
+      "bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_backward(Tensor? grad_y, Tensor? grad_log_det, Tensor x, Tensor scale, Tensor shift, "
+      "str scale_map, bool shift_first, float clamp, bool inverse) -> (Tensor, Tensor)");
+}

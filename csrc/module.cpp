@@ -1,0 +1,36 @@
+// pygen._C: what the build is, and the CPU's capability. The operators themselves register with torch in library.cpp
+// and csrc/<op>.cpp when this module is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+
+#include "build_config.h"
+#include "capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PYGEN_COMPILER;
+  info["torch"] = PYGEN_BUILD_TORCH;
+  info["torch_abi"] = "2.10 stable";
+  info["cpu_levels"] = PYGEN_CPU_LEVELS;
+  info["cuda"] = PYGEN_CUDA;
+  info["cuda_archs"] = PYGEN_CUDA_ARCHS;
+  info["sanitizers"] = PYGEN_SANITIZERS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pygen.";
+  m.def("build_info", &build_info, "Compiler, torch version, instruction-set levels and CUDA of this build.");
+  m.def(
+      "cpu_capability", [] { return pygen::capability_name(pygen::capability()); },
+      "The level that the CPU kernels run at.");
+  m.def("cpu_capabilities", &pygen::capability_names, "The levels to be had on this machine, lowest first.");
+  m.def("set_cpu_capability", &pygen::set_capability, py::arg("level"));
+}
