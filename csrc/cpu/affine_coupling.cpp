@@ -191,17 +191,21 @@ PYGEN_INLINE void finish(const compute_t<Out>* computed, Out* out, int64_t n) {
 template <typename Chunk>
 PYGEN_INLINE void over_chunks(const CouplingTask& task, int64_t block, Chunk chunk) {
   const int64_t size = task.sample_size;
+  const int64_t first = task.parts > 1 ? block / task.parts : block * task.samples_per_block;
+  const int64_t count = task.samples - first < task.samples_per_block ? task.samples - first : task.samples_per_block;
   if (size <= kChunk) {
-    const int64_t first = block * task.samples_per_block, at_once = kChunk / size;
-    const int64_t last = first + task.samples_per_block < task.samples ? first + task.samples_per_block : task.samples;
-    for (int64_t sample = first; sample < last; sample += at_once)
-      chunk(Span{sample, last - sample < at_once ? last - sample : at_once, 0, size}, sample * size);
-  } else {
-    const int64_t sample = block / task.parts, begin = block % task.parts * task.part_size;
-    const int64_t end = begin + task.part_size < size ? begin + task.part_size : size;
+    const int64_t at_once = kChunk / size;
+    for (int64_t done = 0; done < count; done += at_once) {
+      const int64_t sample = first + done;
+      chunk(Span{sample, count - done < at_once ? count - done : at_once, 0, size}, sample * size);
+    }
+    return;
+  }
+  const int64_t begin = task.parts > 1 ? block % task.parts * task.part_size : 0;
+  const int64_t end = task.parts > 1 && begin + task.part_size < size ? begin + task.part_size : size;
+  for (int64_t sample = first; sample < first + count; ++sample)
     for (int64_t start = begin; start < end; start += kChunk)
       chunk(Span{sample, 1, start, end - start < kChunk ? end - start : kChunk}, sample * size + start);
-  }
 }
 
 template <typename In, ScaleMap map>

@@ -33,7 +33,8 @@ struct CouplingTask {
   void* y;           // forward: y; backward: the gradient of x; contiguous
   void* grad_scale;  // backward; contiguous
   double* log_det;   // forward: [samples, parts] partial sums
-  // Work is cut into blocks: a part of `part_size` elements of one large sample, or several small samples (parts = 1).
+  // Work is cut into blocks: one of the parts, of `part_size` elements, of one large sample, or several small samples
+  // (parts = 1, and part_size at least sample_size).
   int64_t samples, sample_size, parts, part_size, samples_per_block;
   bool shift_first, inverse;
   double clamp;

@@ -72,9 +72,11 @@ struct Wide<double> {
   PYGEN_INLINE Wide of(f64v v) { return {{v}}; }
 };
 
+// A vector of a row at i; what lies behind the row's end reads as zero.
 template <typename T>
 PYGEN_INLINE typename VecOf<T>::vec load_at(const T* p, int64_t i, int64_t n) {
-  return i + VecOf<T>::lanes <= n ? load(p + i) : load_some(p + i, n - i, T(0));
+  using V = typename VecOf<T>::vec;
+  return i + VecOf<T>::lanes <= n ? load(p + i) : i < n ? load_some(p + i, n - i, T(0)) : V{};
 }
 
 // From the front: sum_{j <= k}, or sum_{j < k} if exclusive. The parts of a vector are joined before the carry comes in,
