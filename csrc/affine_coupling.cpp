@@ -20,7 +20,7 @@ constexpr int64_t kBlock = kElementsPerTask;
 int scale_map_of(const std::string& name) {
   for (int i = 0; i < kScaleMaps; ++i)
     if (name == kScaleMapNames[i]) return i;
-  STD_TORCH_CHECK(false, "affine_coupling: scale_map must be one of exp, tanh, sigmoid, nflows, softplus, atan, got \"",
+  PYGEN_CHECK(false, "affine_coupling: scale_map must be one of exp, tanh, sigmoid, nflows, softplus, atan, got \"",
                   name, "\"");
   return -1;
 }
@@ -39,17 +39,17 @@ int type_of(ScalarType dtype) {
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  STD_TORCH_CHECK(same_shape(tensor, x), "affine_coupling: ", name, " must have x's shape ", shape_string(x), ", got ",
+  PYGEN_CHECK(same_shape(tensor, x), "affine_coupling: ", name, " must have x's shape ", shape_string(x), ", got ",
                   shape_string(tensor));
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "affine_coupling: ", name, " must have x's dtype ",
+  PYGEN_CHECK(tensor.scalar_type() == x.scalar_type(), "affine_coupling: ", name, " must have x's dtype ",
                   dtype_string(x.scalar_type()), ", got ", dtype_string(tensor.scalar_type()));
 }
 
 void check(const Tensor& x, const Tensor& scale, const Tensor& shift) {
-  STD_TORCH_CHECK(is_floating(x.scalar_type()),
+  PYGEN_CHECK(is_floating(x.scalar_type()),
                   "affine_coupling: x must be floating point (float64, float32, bfloat16, float16), got ",
                   dtype_string(x.scalar_type()));
-  STD_TORCH_CHECK(x.dim() >= 1, "affine_coupling: x must have a batch dimension, (B, ...), got a tensor of shape ()");
+  PYGEN_CHECK(x.dim() >= 1, "affine_coupling: x must have a batch dimension, (B, ...), got a tensor of shape ()");
   check_like("scale", scale, x);
   check_like("shift", shift, x);
 }
@@ -62,7 +62,7 @@ CouplingOperand operand_of(const Tensor& tensor, Tensor& owner) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   operand.data = tensor.const_data_ptr();
   operand.sample_stride = strides[0];
-  int64_t size[64], stride[64];
+  int64_t size[kMaxDims], stride[kMaxDims];
   int dims = 0;
   for (size_t i = 1; i < sizes.size(); ++i) {
     if (sizes[i] == 1) continue;
@@ -106,8 +106,7 @@ struct Operands {
   void run(CouplingKernel kernel) {
     if (task.sample_size == 0) return;
     const int64_t blocks = (task.samples * task.parts + task.samples_per_block - 1) / task.samples_per_block;
-    torch::stable::parallel_for(0, blocks, /*grain_size=*/1,
-                                [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+    parallel_for(blocks, /*grain=*/1, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
   }
 };
 
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(const std::optional<Tensor>&
     operands.task.grad_y = operand_of(*grad_y, operands.owners[3]);
   }
   if (grad_log_det) {
-    STD_TORCH_CHECK(grad_log_det->dim() == 1 && grad_log_det->size(0) == x.size(0) &&
+    PYGEN_CHECK(grad_log_det->dim() == 1 && grad_log_det->size(0) == x.size(0) &&
                         grad_log_det->scalar_type() == compute_dtype(x.scalar_type()),
                     "affine_coupling: the incoming gradient of log_det must be (", x.size(0), ",) of ",
                     dtype_string(compute_dtype(x.scalar_type())), ", got ", shape_string(*grad_log_det), " of ",

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "capability.h"
+#include "small.h"
 #include "rows.h"
 #include "tensor.h"
 
@@ -41,7 +42,7 @@ using RowKernel = void (*)(const CumaxTile&);
 // Scratch for one task, aligned for the widest vectors.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : memory_(new char[bytes + kAlignment]) {}
+  explicit Scratch(int64_t bytes) : memory_(bytes ? new char[bytes + kAlignment] : nullptr) {}
   void* data() const {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment *
                                    kAlignment);
@@ -52,11 +53,14 @@ class Scratch {
   std::unique_ptr<char[]> memory_;
 };
 
+bool is_16_bit(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half; }
+
 Tensor over_rows(RowKernel kernel, const Tensor* grad, const Tensor& x, int64_t dim, bool complement) {
   Tensor out = empty_contiguous_like(x);
-  if (x.numel() == 0) return out;
+  const int64_t elements = x.numel();
+  if (elements == 0) return out;
   const int64_t length = x.dim() == 0 ? 1 : x.size(dim);
-  const int64_t rows = x.numel() / length;
+  const int64_t rows = elements / length;
   const RowOffsets x_rows(x, dim), out_rows(out, dim), grad_rows(grad ? *grad : x, dim);
   const void* x_data = x.const_data_ptr();
   const void* grad_data = grad ? grad->const_data_ptr() : nullptr;
@@ -65,13 +69,14 @@ Tensor over_rows(RowKernel kernel, const Tensor* grad, const Tensor& x, int64_t 
   const int64_t tile_rows = side_by_side ? std::min(kCumaxTileRows, rows) : 1;
   const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (tile_rows * length));
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(cumax_scratch_bytes(tile_rows, length));
+  const bool needs_scratch = grad || side_by_side || is_16_bit(x);
+  parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(needs_scratch ? cumax_scratch_bytes(tile_rows, length) : 0);
     int64_t x_offsets[kCumaxTileRows], grad_offsets[kCumaxTileRows], out_offsets[kCumaxTileRows];
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * tile_rows, count = std::min(tile_rows, rows - first);
       x_rows.write(first, count, x_offsets);
-      grad_rows.write(first, count, grad_offsets);
+      if (grad) grad_rows.write(first, count, grad_offsets);
       out_rows.write(first, count, out_offsets);
       kernel({{x_data, x_offsets, x_rows.stride()},
               {grad_data, grad_offsets, grad_rows.stride()},
@@ -92,14 +97,28 @@ Tensor cumax(const Tensor& x, int64_t dim, bool complement) {
 
 Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool complement) {
   const auto type = static_cast<int>(type_of(x));
-  STD_TORCH_CHECK(same_shape(grad, x), "cumax: the incoming gradient must have x's shape ", shape_string(x), ", got ",
+  PYGEN_CHECK(same_shape(grad, x), "cumax: the incoming gradient must have x's shape ", shape_string(x), ", got ",
                   shape_string(grad));
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "cumax: the incoming gradient must have x's dtype ",
+  PYGEN_CHECK(grad.scalar_type() == x.scalar_type(), "cumax: the incoming gradient must have x's dtype ",
                   dtype_string(x.scalar_type()), ", got ", dtype_string(grad.scalar_type()));
   return over_rows(PYGEN_KERNELS(cumax_kernels).backward[type], &grad, x, checked_dim(x, dim), complement);
 }
 
 }  // namespace
+
+void cumax_small(uintptr_t x, uintptr_t y, int64_t rows, int64_t length, int type, bool complement) {
+  alignas(64) char scratch[cumax_scratch_bytes(1, kCumaxSmall)];
+  const RowKernel kernel = PYGEN_KERNELS(cumax_kernels).forward[type];
+  for (int64_t offset = 0; offset < rows * length; offset += length)
+    kernel({{reinterpret_cast<const void*>(x), &offset, 1},
+            {nullptr, nullptr, 1},
+            {reinterpret_cast<void*>(y), &offset, 1},
+            1,
+            length,
+            complement,
+            scratch});
+}
+
 }  // namespace pygen
 
 STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {

@@ -6,6 +6,7 @@
 
 #include "build_config.h"
 #include "capability.h"
+#include "small.h"
 
 namespace py = pybind11;
 
@@ -32,5 +33,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return pygen::capability_name(pygen::capability()); },
       "The level that the CPU kernels run at.");
   m.def("cpu_capabilities", &pygen::capability_names, "The levels to be had on this machine, lowest first.");
+  m.attr("CUMAX_SMALL") = pygen::kCumaxSmall;
+  m.def("cumax_small", &pygen::cumax_small, "cumax of contiguous rows, by their addresses.");
   m.def("set_cpu_capability", &pygen::set_capability, py::arg("level"));
 }

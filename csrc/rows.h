@@ -1,27 +1,32 @@
 // A tensor seen as rows along one dimension, whatever its strides.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <vector>
+
+#include "tensor.h"
 
 namespace pygen {
 
-// Where the rows of `x` along `dim` begin, in elements from its data pointer; rows are counted in the order of the other
-// dimensions, last fastest.
+// Where the rows of a tensor along `dim` begin, in elements from its data pointer; rows are counted in the order of the
+// other dimensions, last fastest.
 class RowOffsets {
  public:
-  RowOffsets(const torch::stable::Tensor& x, int64_t dim) {
+  RowOffsets(const Tensor& x, int64_t dim) {
     const auto sizes = x.sizes(), strides = x.strides();
-    for (int64_t i = 0; i < static_cast<int64_t>(sizes.size()); ++i) {
-      if (i == dim) continue;
-      sizes_.push_back(sizes[i]);
-      strides_.push_back(strides[i]);
-    }
-    stride_ = sizes.size() == 0 ? 1 : strides[dim];
+    const int64_t rank = static_cast<int64_t>(sizes.size());
     // A row of one element has no meaningful stride; 1 lets it take the contiguous road.
-    if (sizes.size() == 0 || sizes[dim] == 1) stride_ = 1;
+    stride_ = rank == 0 || sizes[dim] == 1 ? 1 : strides[dim];
+    for (int64_t i = 0; i < rank; ++i) {
+      if (i == dim || sizes[i] == 1) continue;
+      if (dims_ > 0 && step_[dims_ - 1] == strides[i] * sizes[i]) {
+        size_[dims_ - 1] *= sizes[i];
+        step_[dims_ - 1] = strides[i];
+      } else {
+        size_[dims_] = sizes[i];
+        step_[dims_] = strides[i];
+        ++dims_;
+      }
+    }
   }
 
   int64_t stride() const { return stride_; }
@@ -30,16 +35,17 @@ class RowOffsets {
   void write(int64_t first, int64_t count, int64_t* offsets) const {
     for (int64_t r = 0; r < count; ++r) {
       int64_t rest = first + r, offset = 0;
-      for (size_t i = sizes_.size(); i-- > 0;) {
-        offset += rest % sizes_[i] * strides_[i];
-        rest /= sizes_[i];
+      for (int i = dims_ - 1; i > 0; --i) {
+        offset += rest % size_[i] * step_[i];
+        rest /= size_[i];
       }
-      offsets[r] = offset;
+      offsets[r] = dims_ > 0 ? offset + rest * step_[0] : 0;
     }
   }
 
  private:
-  std::vector<int64_t> sizes_, strides_;
+  int dims_ = 0;
+  int64_t size_[kMaxDims], step_[kMaxDims];
   int64_t stride_;
 };
 

@@ -1,8 +1,6 @@
 // Allocation and naming of tensors over the stable ABI.
 #include "tensor.h"
 
-#include <vector>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,7 +15,6 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // usual setting ("madvise") hands them to whoever asks; elsewhere this does nothing.
 void ask_for_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kHugePage) return;
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -42,20 +39,18 @@ int32_t shim_dtype(ScalarType dtype) {
 }  // namespace
 
 Tensor empty_contiguous(const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  constexpr int64_t kInline = 8;
-  int64_t few[kInline];
-  std::vector<int64_t> many(dim > kInline ? dim : 0);
-  int64_t* strides = dim > kInline ? many.data() : few;
-  int64_t numel = 1;
+  int64_t strides[kMaxDims];
+  int64_t elements = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
-    strides[i] = numel;
-    numel *= sizes[i] > 1 ? sizes[i] : 1;
+    strides[i] = elements;
+    elements *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, shim_dtype(dtype), aoti_torch_device_type_cpu(),
                                                   /*device_index=*/-1, &handle));
   Tensor result(handle);
-  ask_for_huge_pages(result.data_ptr(), result.numel() * result.element_size());
+  const size_t bytes = elements * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
+  if (bytes >= 2 * kHugePage) ask_for_huge_pages(result.data_ptr(), bytes);
   return result;
 }
 

@@ -10,7 +10,14 @@
 #include <cstdint>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+
+// STD_TORCH_CHECK without the source's path in the sentence: the user reads what was expected and what came.
+#define PYGEN_CHECK(condition, ...)                                                                     \
+  do {                                                                                                  \
+    if (!(condition)) throw std::runtime_error(::torch::headeronly::detail::stdTorchCheckMsgImpl("", __VA_ARGS__)); \
+  } while (false)
 
 namespace pygen {
 
@@ -19,6 +26,19 @@ using torch::stable::Tensor;
 
 // Below this many elements of work a second thread costs more than it brings.
 constexpr int64_t kElementsPerTask = 8192;
+
+// torch's own limit on the number of dimensions.
+constexpr int kMaxDims = 64;
+
+// torch's parallel_for, without the way to it where one thread does all the work.
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    if (count > 0) f(int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
 
 // A contiguous CPU tensor, uninitialised.
 Tensor empty_contiguous(const int64_t* sizes, int64_t dim, ScalarType dtype);

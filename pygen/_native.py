@@ -20,9 +20,7 @@ def _torch_version() -> tuple[int, int]:
 def _load():
     """(module, None), or (None, why not)."""
     if _torch_version() < MINIMUM_TORCH:
-        raise ImportError(
-            f"pygen needs torch >= 2.10, this is torch {torch.__version__}: pip install 'torch>=2.10'"
-        )
+        raise ImportError(f"pygen needs torch >= 2.10, this is torch {torch.__version__}: pip install 'torch>=2.10'")
     try:
         from pygen import _C
     except ImportError as error:

@@ -163,11 +163,7 @@ PYGEN_INLINE T row_maximum(const T* x, int64_t n) {
   }
   for (; i < n; i += lanes)
     first = at_least(i + lanes <= n ? load(x + i) : load_some(x + i, n - i, lowest), first);
-  first = at_least(at_least(first, second), at_least(third, fourth));
-  T lane[lanes], maximum = lowest;
-  store(lane, first);
-  for (int k = 0; k < lanes; ++k) maximum = lane[k] < maximum ? maximum : lane[k];
-  return maximum;
+  return maximum_of_lanes(at_least(at_least(first, second), at_least(third, fourth)));
 }
 
 // e[i] = e^x[i] up to a factor that all elements share; returns their sum, NaN if softmax cannot normalise the row.
@@ -193,7 +189,7 @@ PYGEN_INLINE double exponentials(const T* x, T* e, int64_t n) {
   if (i < n) {
     const auto v = exp_shifted(at_least(load_some(x + i, n - i, T(-__builtin_inf())), floor), shift);
     store_some(e + i, v, n - i);
-    accumulate(sum, load_some(e + i, n - i, T(0)));
+    accumulate(sum, keep_some<T>(v, n - i));
   }
   return sum_of_lanes(sum);
 }

@@ -76,6 +76,14 @@ PYGEN_INLINE typename VecOf<T>::vec splat(T x) {
   return typename VecOf<T>::vec{} + x;
 }
 
+// The first n lanes, zeros behind them. In registers: storing a part and loading the whole would stall the load.
+template <typename T>
+PYGEN_INLINE typename VecOf<T>::vec keep_some(typename VecOf<T>::vec v, int64_t n) {
+  typename VecOf<T>::ivec lane, count = {};
+  for (int i = 0; i < VecOf<T>::lanes; ++i) lane[i] = i, count[i] = n;
+  return lane < count ? v : typename VecOf<T>::vec{};
+}
+
 // The greater, or the smaller, of the two; where `x` is NaN the result is NaN, a NaN in `bound` does not count.
 template <typename V>
 PYGEN_INLINE V at_least(V x, V bound) {
@@ -136,13 +144,28 @@ PYGEN_INLINE f32half to_f32(f64v v) { return (f32half)_mm256_cvtpd_ps((__m256d)v
 PYGEN_INLINE void accumulate(f64v& sum, f32v v) { sum += low_half(v) + high_half(v); }
 PYGEN_INLINE void accumulate(f64v& sum, f64v v) { sum += v; }
 
+// In pairs: the chain is log2(lanes) additions long.
+#if PYGEN_VECTOR_BYTES == 64
+PYGEN_INLINE double sum_of_lanes(f64v v) { return _mm512_reduce_add_pd((__m512d)v); }
+PYGEN_INLINE float maximum_of_lanes(f32v v) { return _mm512_reduce_max_ps((__m512)v); }
+PYGEN_INLINE double maximum_of_lanes(f64v v) { return _mm512_reduce_max_pd((__m512d)v); }
+#else
 PYGEN_INLINE double sum_of_lanes(f64v v) {
-  double lane[VecOf<double>::lanes];
-  store(lane, v);
-  double sum = 0;
-  for (int i = 0; i < VecOf<double>::lanes; ++i) sum += lane[i];
-  return sum;
+  for (int width = VecOf<double>::lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
 }
+PYGEN_INLINE float maximum_of_lanes(f32v v) {
+  for (int width = VecOf<float>::lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] = v[i] < v[i + width] ? v[i + width] : v[i];
+  return v[0];
+}
+PYGEN_INLINE double maximum_of_lanes(f64v v) {
+  for (int width = VecOf<double>::lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] = v[i] < v[i + width] ? v[i + width] : v[i];
+  return v[0];
+}
+#endif
 
 PYGEN_INLINE float widen(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;

@@ -1,8 +1,18 @@
 """What all ops share: registration with torch, and the choice of the road a call takes.
 
 A call goes through `torch.ops.pygen.<op>`, whose rules (fake, autograd, autocast, vmap) are registered here. Those rules
-are Python, and torch asks them on every call: measured on a 4 x 4 tensor, 14 us against 3 us for the bare kernel. So an
-eager call that needs none of them takes a short cut below the autograd key, with the same kernel and the same bits.
+are Python, and torch asks them on every call, needed or not. Small layers are called by the thousand, so an eager call
+takes the shortest road on which nobody who must be asked is passed by. All roads end in the same kernel. Measured on a
+4 x 4 tensor, where torch.softmax takes 4.2 us:
+
+===========================================  =====  ==========================================================
+road                                         us     who takes it
+===========================================  =====  ==========================================================
+the registered operator                      21     torch.compile, autocast, forward-mode AD
+an autograd.Function of the same derivative  25     what needs a gradient (40 by the registered operator), torch.func
+the operator below the autograd key          11     everything else, on any device and under any mode
+the CPU kernel itself                        6      plain CPU tensors, nobody watching (no mode, no profiler)
+===========================================  =====  ==========================================================
 """
 
 from collections.abc import Callable
@@ -11,16 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pygen import _native
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_is_compiling = torch.compiler.is_compiling
+# Dynamo reads this as True; eagerly it is the cheapest question to ask.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
+_profiling = torch.autograd._profiler_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # Keeps the registrations alive, and is the one handle through which Python adds kernels.
 library = torch.library.Library("pygen", "IMPL") if _native.C is not None else None
@@ -30,11 +44,13 @@ library = torch.library.Library("pygen", "IMPL") if _native.C is not None else N
 class Rules:
     """How one operator behaves under torch's transformations; each field as in `torch.library`."""
 
+    tensors: int  # the operator's first arguments that are tensors (or None); all others are plain values
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
-    vmap: Callable[..., Any] | None = None
+    vmap: Callable[..., Any]
+    small: Callable[..., Any] | None = None  # contiguous CPU tensors of few elements: the result, or None for "too big"
 
 
 def _register(name: str, rules: Rules) -> None:
@@ -43,8 +59,7 @@ def _register(name: str, rules: Rules) -> None:
     library.impl(name, rules.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, rules.fake, lib=library)
     torch.library.register_autograd(qualified, rules.backward, setup_context=rules.setup_context, lib=library)
-    if rules.vmap is not None:
-        torch.library.register_vmap(qualified, rules.vmap, lib=library)
+    torch.library.register_vmap(qualified, rules.vmap, lib=library)
     for device in AUTOCAST_DEVICES:
         # As softmax, cumsum and log-densities do under autocast: compute in float32.
         torch.library.register_autocast(qualified, device, torch.float32, lib=library)
@@ -64,6 +79,7 @@ def _function(name: str, op: Callable[..., Any], rules: Rules) -> type[torch.aut
             "forward": staticmethod(forward),
             "setup_context": staticmethod(rules.setup_context),
             "backward": staticmethod(rules.backward),
+            "vmap": staticmethod(rules.vmap),
         },
     )
 
@@ -75,14 +91,25 @@ def operator(name: str, rules: Rules) -> Callable[..., Any]:
     _register(name, rules)
     op = getattr(torch.ops.pygen, name).default
     function = _function(name, op, rules)
+    count, small = rules.tensors, rules.small
 
+    # One function, everything inline: a Python call more is a tenth of a small kernel's time.
     def call(*args):
-        if _is_compiling() or _autocast_enabled() or _functorch_active():
+        if _is_compiling() or _autocast_enabled():
             return op(*args)
-        if _grad_enabled():
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
+        if _functorch_active() or forward_ad._current_level >= 0:
+            return function.apply(*args)
+        try:
+            for x in args[:count]:
+                if x is not None and x.requires_grad and _grad_enabled():
                     return function.apply(*args)
+        except AttributeError:
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}") from None
+        # A plain CPU tensor is just its memory: no subclass, no lazy negation, and nobody watching.
+        if small is not None and type(x) is Tensor and x.is_cpu and not (x.is_neg() or _dispatch_modes() or _profiling()):
+            result = small(*args)
+            if result is not None:
+                return result
         with _below_autograd():
             return op(*args)
 
@@ -104,31 +131,16 @@ def derivative_through_reference(
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx, *grads):
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # A view per input, so that the graph of the caller is entered once and only through the inputs.
-            inputs = [value.view_as(value) if isinstance(value, Tensor) else value for value in inputs]
-            wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and ctx.needs_input_grad[i]]
-            if not create_graph:
-                for i in wanted:
-                    inputs[i] = inputs[i].detach().requires_grad_()
-            outputs = reference(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            if not pairs:
-                return (None,) * len(inputs)
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                [inputs[i] for i in wanted],
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        result: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
+        tensors, others = ctx.saved_tensors, ctx.others
+
+        def of_tensors(*given):
+            left, right = iter(given), iter(others)
+            return reference(*(next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor))
+
+        # torch.func, not torch.autograd: it nests in whatever transformation is asking, and its result can again be
+        # differentiated.
+        _, pull_back = torch.func.vjp(of_tensors, *tensors)
+        found = iter(pull_back(grads if len(grads) > 1 else grads[0]))
+        return tuple(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
 
     return setup_context, backward

@@ -70,6 +70,7 @@ _second_setup, _second_backward = derivative_through_reference(reference.affine_
 _affine_coupling_backward = operator(
     "affine_coupling_backward",
     Rules(
+        5,
         reference.affine_coupling_backward,
         _fake_backward,
         _second_setup,
@@ -79,7 +80,7 @@ _affine_coupling_backward = operator(
 )
 _affine_coupling = operator(
     "affine_coupling",
-    Rules(reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)),
+    Rules(3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)),
 )
 
 

@@ -1,0 +1,197 @@
+"""What a benchmark case is, and the list of all of them. Cases live in cases/, the runner in runner.py."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+OURS = "pygen"
+EAGER = "eager"
+COMPILED = "compiled"
+
+# Largest error allowed, relative to the largest value of that output in float64: some units in the last place of the
+# type, grown by the sums that the ops contain.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+Outputs = Tensor | tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every implementation of a case gets.
+
+    With `grads`, one per output of the op, the case is forward + backward: `tensors` then require gradients.
+    """
+
+    tensors: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...] = ()
+
+    def __post_init__(self):
+        for tensor in self.tensors:
+            tensor.requires_grad_(bool(self.grads) and tensor.is_floating_point())
+
+    def double(self) -> Inputs:
+        """The same values in float64, for the reference."""
+        return Inputs(tuple(map(_double, self.tensors)), tuple(map(_double, self.grads)))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+Factory = Callable[[Inputs], Call]
+
+
+def call(function: Callable[..., Outputs]) -> Factory:
+    """The factory for `function(*inputs.tensors)`; with incoming gradients, for it and all its input gradients."""
+
+    def factory(inputs: Inputs) -> Call:
+        forward = partial(function, *inputs.tensors)
+        if not inputs.grads:
+            return forward
+        wanted = tuple(tensor for tensor in inputs.tensors if tensor.requires_grad)
+
+        def forward_backward():
+            outputs = as_tuple(forward())
+            return *outputs, *torch.autograd.grad(outputs, wanted, inputs.grads)
+
+        return forward_backward
+
+    return factory
+
+
+def compiled(function: Callable[..., Outputs]) -> Factory:
+    """As `call`, through `torch.compile` with static shapes: the strongest baseline that costs no work."""
+
+    def factory(inputs: Inputs) -> Call:
+        return call(torch.compile(function, dynamic=False))(inputs)
+
+    return factory
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def max_error(outputs: Outputs, expected: Outputs) -> float:
+    """Largest difference, relative to the largest expected magnitude of that output; inf for a wrong shape or a NaN."""
+    outputs, expected = as_tuple(outputs), as_tuple(expected)
+    if [o.shape for o in outputs] != [e.shape for e in expected]:
+        return float("inf")
+    errors = [0.0]
+    for output, wanted in zip(outputs, expected, strict=True):
+        if wanted.numel() == 0:
+            continue
+        output, wanted = output.detach().double(), wanted.detach().double()
+        # Equal infinities differ by NaN, and are right.
+        difference = torch.where(output == wanted, 0.0, (output - wanted).abs())
+        finite = wanted[wanted.isfinite()].abs()
+        size = finite.max().item() if finite.numel() else 0.0
+        errors.append(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() / (size or 1.0))
+    return max(errors)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The work that no implementation can avoid. Its time is that of a copy, or a matrix product, of this size."""
+
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case must reach: `at_least` times as fast as `peer`, or at most `at_most` times its time."""
+
+    peer: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self):
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"Target: give either at_least or at_most for {self.peer}")
+
+    def sentence(self) -> str:
+        if self.at_least is not None:
+            return f">= {self.at_least:g}x as fast as {self.peer}"
+        return f"<= {self.at_most:g}x the time of {self.peer}"
+
+    def met(self, ours: float, peer: float) -> bool:
+        if self.at_least is not None:
+            return peer / ours >= self.at_least
+        return self.at_most is not None and ours / peer <= self.at_most
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: an op on inputs of one shape, by everyone who can compute it.
+
+    Args:
+        op, name: `pygen bench OP` selects by op; `name` says shape and direction.
+        shape, dtype: of the first input, for the record.
+        make: the inputs, from a device and a seeded generator of that device.
+        implementations: "pygen", "eager", "compiled" and domain peers; see `call` and `compiled`. A factory whose peer
+            is not installed raises ImportError.
+        yardsticks: what is timed beside them although it computes something else (a clone, a softmax): not checked.
+        reference: run on the inputs in float64; every implementation is checked against it.
+        floor: bytes and flops that the op cannot avoid; None where a call's own cost is all there is.
+        overhead: the case measures what a call costs its caller, not how long the device works.
+        error: how far outputs are from the expected ones; at most `tolerance` passes.
+    """
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[torch.device, torch.Generator], Inputs]
+    implementations: Mapping[str, Factory]
+    reference: Factory
+    dtype: torch.dtype = torch.float32
+    yardsticks: Mapping[str, Factory] = field(default_factory=dict)
+    floor: Floor | None = None
+    targets: tuple[Target, ...] = ()
+    tolerance: float | None = None
+    overhead: bool = False
+    error: Callable[[Outputs, Outputs], float] = max_error
+
+    def __post_init__(self):
+        if OURS not in self.implementations:
+            raise ValueError(f'{self.label}: implementations must have "{OURS}", got {", ".join(self.implementations)}')
+        for target in self.targets:
+            if target.peer not in {*self.implementations, *self.yardsticks}:
+                raise ValueError(f"{self.label}: a target names {target.peer}, which the case does not measure")
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.name}"
+
+    @property
+    def allowed_error(self) -> float:
+        return TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
+
+
+_cases: dict[str, Case] = {}
+
+
+def register(*cases: Case) -> None:
+    """Add cases; called by each file of cases/ when it is imported."""
+    for case in cases:
+        if case.label in _cases:
+            raise ValueError(f"two benchmark cases are called {case.label!r}")
+        _cases[case.label] = case
+
+
+def cases() -> list[Case]:
+    """Every case of every file in cases/, ordered by file name and, within a file, as registered."""
+    from pygen.benchmarks import cases as package
+
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        importlib.import_module(f"{package.__name__}.{module}")
+    return list(_cases.values())

@@ -1,0 +1,461 @@
+"""The benchmark harness: what it refuses to time, what it writes down, what it says."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from pygen import ops
+from pygen.benchmarks import measure, registry, results, runner, table
+from pygen.benchmarks.registry import Case, Floor, Inputs, Target, as_tuple, call, max_error
+
+pytest.importorskip("typer")
+typer_testing = pytest.importorskip("typer.testing")
+
+CPU = torch.device("cpu")
+QUICK = 0.02  # seconds of timing
+
+# From the specifications: (op, case, peer, at least so many times as fast, at most so many times its time).
+SPECIFIED = [
+    ("cumax", "4096x4096 forward", "clone", None, 1.2),
+    ("cumax", "4096x4096 forward", "compiled", 1.7, None),
+    ("cumax", "512x512 forward", "eager", 3, None),
+    ("cumax", "512x512 forward", "compiled", 3, None),
+    ("cumax", "512x512 forward+backward", "eager", 3, None),
+    ("cumax", "512x512 forward+backward", "compiled", 3, None),
+    ("cumax", "4x4 call overhead", "softmax", None, 1.5),
+    ("affine_coupling", "64x24x32x32 forward+backward", "compiled", 2, None),
+    ("affine_coupling", "4096x32 forward+backward", "eager", 2.5, None),
+    ("affine_coupling", "4096x32 forward+backward", "compiled", 2.5, None),
+]
+SMALL_CASES = [case for case in registry.cases() if torch.Size(case.shape).numel() <= 1 << 18]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_warm_up():
+    """Nothing here depends on how well a timing is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "WARM_UP", 2e-3)
+        patch.setattr(runner, "RATE_COPY_BYTES", 1 << 20)
+        patch.setattr(runner, "RATE_GEMM_FLOPS", 1 << 25)
+        yield
+
+
+def square(x):
+    return x * x
+
+
+def a_case(name="case", backward=False, **changes):
+    """Squares of eight numbers, with fields changed."""
+
+    def make(device, generator):
+        x = torch.randn(8, device=device, generator=generator)
+        return Inputs((x,), (torch.ones(8),) if backward else ())
+
+    fields = {
+        "op": "square",
+        "name": name,
+        "shape": (8,),
+        "make": make,
+        "implementations": {"pygen": call(square), "eager": call(lambda x: x**2)},
+        "reference": call(square),
+        "floor": Floor(bytes=64),
+    }
+    return Case(**(fields | changes))
+
+
+def run_one(case, **options):
+    return runner.run_case(case, CPU, QUICK, **options)
+
+
+class Counted:
+    """A function that remembers how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+# The registry
+
+
+@pytest.mark.parametrize(("op", "name", "peer", "at_least", "at_most"), SPECIFIED)
+def test_every_specified_target_is_measured(op, name, peer, at_least, at_most):
+    (case,) = [case for case in registry.cases() if (case.op, case.name) == (op, name)]
+    assert Target(peer, at_least, at_most) in case.targets
+
+
+def test_every_case_measures_a_public_op_beside_eager_and_compiled():
+    for case in registry.cases():
+        assert hasattr(ops, case.op), case.label
+        assert {"pygen", "eager", "compiled"} <= set(case.implementations), case.label
+        assert case.overhead or case.floor.bytes or case.floor.flops, case.label
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.label)
+def test_inputs_have_the_declared_shape_and_eager_and_ours_pass_the_check(case):
+    inputs = case.make(CPU, torch.Generator(CPU).manual_seed(0))
+    assert inputs.tensors[0].shape == case.shape and inputs.tensors[0].dtype == case.dtype
+    assert ("backward" in case.name) == bool(inputs.grads)
+    expected = case.reference(inputs.double())()
+    assert all(output.dtype == torch.float64 for output in as_tuple(expected))
+    for name in ("pygen", "eager"):
+        assert case.error(case.implementations[name](inputs)(), expected) <= case.allowed_error, name
+
+
+def test_forward_backward_returns_outputs_and_the_gradient_of_every_input():
+    a, b, grad = torch.randn(3, 5).unbind()
+    product, grad_a, grad_b = call(torch.mul)(Inputs((a, b), (grad,)))()
+    assert torch.equal(product, a * b)
+    assert torch.equal(grad_a, grad * b) and torch.equal(grad_b, grad * a)
+
+
+def test_a_second_case_of_the_same_name_is_refused():
+    existing = registry.cases()[0]
+    with pytest.raises(ValueError, match="two benchmark cases"):
+        registry.register(existing)
+
+
+def test_a_target_against_nobody_is_refused():
+    with pytest.raises(ValueError, match="names nobody"):
+        a_case(targets=(Target("nobody", 2.0),))
+
+
+def test_a_target_is_a_bound_from_one_side():
+    assert Target("peer", 2.0).met(ours=1.0, peer=2.0) and not Target("peer", 2.0).met(ours=1.0, peer=1.9)
+    assert Target("peer", at_most=1.2).met(ours=1.2, peer=1.0) and not Target("peer", at_most=1.2).met(1.3, 1.0)
+    with pytest.raises(ValueError, match="either at_least or at_most"):
+        Target("peer", 1.0, 2.0)
+
+
+# Checking
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * x + 1e-3,
+        lambda x: torch.full_like(x, float("nan")),
+        lambda x: torch.full_like(x, float("inf")),
+        lambda x: (x * x)[:4],
+        lambda x: (x * x, x),
+    ],
+    ids=["off by a little", "nan", "inf", "too short", "an output too many"],
+)
+def test_a_wrong_implementation_is_caught_and_not_timed(wrong):
+    counted = Counted(wrong)
+    record = run_one(a_case(implementations={"pygen": call(square), "eager": call(square), "liar": call(counted)}))
+    liar = record["implementations"]["liar"]
+    assert liar["status"] == "wrong" and liar["reason"].startswith("wrong: max error")
+    assert "seconds" not in liar and counted.calls == 1
+    assert "seconds" in record["implementations"]["eager"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_wrong_gradient_is_caught():
+    class Careless(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]  # the factor 2 is missing
+
+    case = a_case(backward=True, implementations={"pygen": call(Careless.apply), "eager": call(square)})
+    record = run_one(case)
+    assert record["implementations"]["pygen"]["status"] == "wrong"
+    assert record["implementations"]["eager"]["status"] == "ok"
+
+
+def test_a_target_of_a_wrong_implementation_is_not_met():
+    wrong = {"pygen": call(torch.neg), "eager": call(square)}
+    assert run_one(a_case(implementations=wrong, targets=(Target("eager", 1e-9),)))["targets"][0]["met"] is False
+
+
+def test_the_error_is_relative_to_the_largest_value_and_knows_infinities():
+    expected = torch.tensor([1.0, -4.0, float("inf")])
+    assert max_error(torch.tensor([1.0, -4.2, float("inf")]), expected) == pytest.approx(0.05, rel=1e-5)
+    assert max_error(torch.tensor([1.0, -4.0, 1e30]), expected) == float("inf")
+
+
+def test_a_missing_or_broken_peer_does_not_stop_the_others():
+    def missing(inputs):
+        import a_library_that_nobody_has
+
+        return a_library_that_nobody_has
+
+    def broken(x):
+        raise RuntimeError("no room\nand a long explanation")
+
+    record = run_one(a_case(implementations={"pygen": call(square), "missing": missing, "broken": call(broken)}))
+    found = record["implementations"]
+    assert found["missing"]["status"] == "missing" and "a_library_that_nobody_has" in found["missing"]["reason"]
+    assert found["broken"] == {"status": "failed", "reason": "RuntimeError: no room"}
+    assert "seconds" in found["pygen"] and record["best_peer"] is None
+
+
+# Measuring
+
+
+class FakeClock:
+    """Every call takes a millisecond; the order of the calls is kept."""
+
+    def __init__(self):
+        self.order = []
+
+    def seconds_per_call(self, call, calls):
+        self.order.append(call())
+        time.sleep(1e-3)
+        return 1e-3
+
+
+def test_implementations_take_turns():
+    clock = FakeClock()
+    measure.measure({name: (lambda name=name: name) for name in "abc"}, QUICK, clock)
+    assert "".join(clock.order).endswith("abcabcabcabcabc")
+
+
+def test_short_calls_are_timed_in_batches_of_a_millisecond():
+    timing = measure.measure({"short": lambda: None}, QUICK, measure.clock(CPU))["short"]
+    assert timing.calls_per_round > 1000
+    assert timing.rounds >= measure.FEWEST_ROUNDS
+    assert timing.min <= timing.q1 <= timing.median <= timing.q3
+
+
+def test_a_sleep_is_measured_as_long_as_it_is():
+    timing = measure.measure({"sleep": lambda: time.sleep(5e-3)}, QUICK, measure.clock(CPU))["sleep"]
+    assert timing.min >= 5e-3 and timing.min < 50e-3
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.zeros(1 << 18)  # 1 MiB
+    slack = 1 << 12
+    assert measure.peak_bytes(lambda: x.clone(), CPU) == pytest.approx(x.nbytes, abs=slack)
+    assert measure.peak_bytes(lambda: x.neg().neg().neg(), CPU) == pytest.approx(2 * x.nbytes, abs=slack)
+    assert measure.peak_bytes(lambda: (x.neg(), x.neg(), x.neg()), CPU) == pytest.approx(3 * x.nbytes, abs=slack)
+
+
+def test_the_floor_is_work_over_the_rate_measured_in_the_same_case():
+    floor = run_one(a_case(floor=Floor(bytes=1 << 20, flops=1 << 24)))["floor"]
+    by_bytes = (1 << 20) / floor["copy_bytes_per_second"]
+    by_flops = (1 << 24) / floor["gemm_flops_per_second"]
+    assert floor["seconds"] == pytest.approx(max(by_bytes, by_flops))
+
+
+def test_the_copy_moves_the_bytes_it_says():
+    copy, moved = measure.copy_call(1 << 20, CPU)
+    assert moved == 1 << 20 and copy().nbytes == 1 << 19
+
+
+# Results
+
+
+def test_a_run_writes_every_field_and_its_ratios_follow_from_its_medians():
+    slow = {"pygen": call(square), "eager": call(lambda x: (time.sleep(2e-3), x * x)[1])}
+    case = a_case(
+        implementations=slow,
+        yardsticks={"clone": call(torch.clone)},
+        targets=(Target("eager", 2.0), Target("clone", at_most=1e-9)),
+    )
+    found = json.loads(json.dumps(runner.run([case], seconds=QUICK), allow_nan=False))
+    assert found["complete"] is True and found["schema"] == results.SCHEMA
+    for fact in ("cpu", "cores", "threads", "torch", "pygen", "date", "commit", "cpu_capability", "gpu"):
+        assert fact in found["machine"]
+    assert found["rates"]["copy_bytes_per_second"] > 1e8 and found["rates"]["gemm_flops_per_second"] > 1e8
+    (record,) = found["cases"]
+    ours, eager = (record["implementations"][name] for name in ("pygen", "eager"))
+    for entry in (ours, eager):
+        assert set(entry["seconds"]) == {"median", "min", "q1", "q3", "rounds", "calls_per_round"}
+        assert entry["peak_bytes"] >= 32 and entry["max_error"] < 1e-6
+    assert record["best_peer"] == "eager"
+    speedup = eager["seconds"]["median"] / ours["seconds"]["median"]
+    assert record["speedup_over_best_peer"] == pytest.approx(speedup) and speedup > 2
+    assert record["ratio_to_floor"] == pytest.approx(ours["seconds"]["median"] / record["floor"]["seconds"])
+    assert [target["met"] for target in record["targets"]] == [True, False]
+
+
+def test_without_peers_only_eager_is_measured_and_their_targets_stay_open():
+    compiled = Counted(square)
+    case = a_case(
+        implementations={"pygen": call(square), "eager": call(square), "compiled": call(compiled)},
+        targets=(Target("compiled", 2.0),),
+    )
+    record = run_one(case, peers=False)
+    assert set(record["implementations"]) == {"pygen", "eager"} and compiled.calls == 0
+    assert record["targets"][0]["met"] is None
+
+
+def test_an_interrupted_run_keeps_the_cases_that_were_measured(tmp_path):
+    path = tmp_path / "results.json"
+    cases = [a_case("first"), a_case("second", make=interrupt), a_case("third")]
+    found = runner.run(cases, seconds=QUICK, save=lambda r: results.save(r, path))
+    assert found["complete"] is False
+    assert [case["name"] for case in results.load(path)["cases"]] == ["first"]
+
+
+def test_a_run_interrupted_before_its_first_result_leaves_the_former_file(tmp_path):
+    path = tmp_path / "results.json"
+    results.save({"schema": results.SCHEMA}, path)
+    found = runner.run([a_case(make=interrupt)], seconds=QUICK, save=lambda r: results.save(r, path))
+    assert found["complete"] is False and found["cases"] == []
+    assert results.load(path) == {"schema": results.SCHEMA}
+
+
+def test_a_failed_write_leaves_the_former_file_and_nothing_else(tmp_path):
+    path = tmp_path / "results.json"
+    results.save({"schema": results.SCHEMA}, path)
+    with pytest.raises(TypeError):
+        results.save({"schema": object()}, path)
+    assert results.load(path) == {"schema": results.SCHEMA}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"schema": 99}'])
+def test_a_file_that_is_no_results_file_is_refused_with_its_name(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is not a results file"):
+        results.load(path)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A results file with a right, a wrong and a missing implementation, a yardstick and targets."""
+    path = tmp_path_factory.mktemp("results") / "results.json"
+    implementations = {"pygen": call(square), "eager": call(square), "compiled": call(torch.neg)}
+    cases = [
+        a_case("one", implementations=implementations, yardsticks={"clone": call(torch.clone)}),
+        a_case("two", targets=(Target("eager", 1e-9),), floor=None),
+    ]
+    runner.run(cases, seconds=QUICK, save=lambda r: results.save(r, path))
+    return path
+
+
+def test_the_markdown_table_has_a_row_per_case_and_shows_what_was_wrong(measured, capsys):
+    assert table.main([str(measured)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.count("|") == len(table.HEADINGS) + 1 for line in lines[:4])
+    assert lines[2].startswith("| square one |") and "wrong: max error" in lines[2] and "clone" in lines[2]
+    assert lines[3].startswith("| square two |") and "yes (1e-09x eager)" in lines[3]
+    assert f"torch {torch.__version__}" in lines[-1]
+
+
+def test_a_table_of_a_file_that_is_not_there_is_a_sentence(capsys):
+    assert table.main(["nowhere.json"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.214e-6, "3.21 us"), (0.0543, "54.3 ms"), (1.5, "1.5 s"), (None, "-"), (2e-9, "2 ns")]
+)
+def test_times_are_shown_with_three_digits_and_a_unit(seconds, text):
+    assert table.time_text(seconds) == text
+
+
+def test_the_plot_is_a_picture_with_something_drawn(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    from pygen.benchmarks.plot import plot
+
+    plot(results.load(measured), tmp_path / "bench.png")
+    picture = imread(tmp_path / "bench.png")
+    assert picture.shape[1] > 1000 and picture.std() > 0.01
+
+
+def test_a_plot_of_nothing_says_so(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    from pygen.benchmarks.plot import plot
+
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot(results.load(measured) | {"cases": []}, tmp_path / "bench.png")
+    assert not (tmp_path / "bench.png").exists()
+
+
+# The command
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Run `pygen bench ARGUMENTS`, on the given cases where there are any."""
+    import typer
+
+    from pygen.benchmarks import command
+
+    app = typer.Typer()
+    app.command()(command.bench)
+
+    def invoke(*arguments, cases=None):
+        if cases is not None:
+            monkeypatch.setattr(registry, "cases", lambda: cases)
+        return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def test_the_command_prints_a_table_and_writes_json_and_picture(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "r.json", tmp_path / "r.png"
+    done = bench("square", "--seconds", QUICK, "--json", files[0], "--plot", files[1], cases=[a_case("toy")])
+    assert done.exit_code == 0, done.output
+    assert "square toy" in done.output and "vs best peer" in done.output
+    assert results.load(files[0])["complete"] is True
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], ["'nonsense'", "affine_coupling, cumax"]),
+        (["cumax", "--case", "17x17"], ["'17x17'", "--list"]),
+        (["cumax", "--device", "toaster"], ["--device", "'toaster'"]),
+        (["cumax", "--seconds", "0"], ["--seconds must be positive"]),
+        (["cumax", "--threads", "0"], ["--threads must be at least 1"]),
+        (["cumax", "--json", "no/such/directory/r.json"], ["--json", "no/such/directory does not exist"]),
+        (["cumax", "--plot", "picture.doc"], ["--plot must end in .png", "picture.doc"]),
+    ],
+    ids=["op", "case", "device", "seconds", "threads", "json", "plot"],
+)
+def test_bad_arguments_are_a_sentence_and_exit_code_2(bench, arguments, words):
+    done = bench(*arguments)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output and isinstance(done.exception, SystemExit)
+    for word in words:
+        assert word in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_asking_for_a_missing_gpu_is_a_sentence(bench):
+    done = bench("cumax", "--device", "cuda")
+    assert done.exit_code == 2 and "finds no CUDA device" in done.output
+
+
+def test_ctrl_c_keeps_the_finished_cases_and_says_so(bench, tmp_path):
+    path = tmp_path / "r.json"
+    cases = [a_case("first"), a_case("second", make=interrupt)]
+    done = bench("--seconds", QUICK, "--json", path, cases=cases)
+    assert done.exit_code == 130
+    assert "interrupted after 1 of 2 cases" in done.output and "square first" in done.output
+    assert results.load(path)["complete"] is False and len(results.load(path)["cases"]) == 1
+
+
+def test_a_wrong_result_of_ours_is_an_exit_code_of_its_own(bench):
+    wrong = a_case("bad", implementations={"pygen": call(torch.neg), "eager": call(square)})
+    done = bench("--seconds", QUICK, cases=[wrong])
+    assert done.exit_code == 1 and "no right result for square bad" in done.output
+
+
+def test_the_list_shows_cases_and_targets_and_measures_nothing(bench):
+    done = bench("--list")
+    assert done.exit_code == 0
+    assert "4096x4096 forward" in done.output and ">= 1.7x as fast as compiled" in done.output
