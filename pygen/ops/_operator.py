@@ -15,7 +15,11 @@ the CPU kernel itself                        6      plain CPU tensors, nobody wa
 ===========================================  =====  ==========================================================
 """
 
-from collections.abc import Callable
+import contextlib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +48,7 @@ library = torch.library.Library("pygen", "IMPL") if _native.C is not None else N
 class Rules:
     """How one operator behaves under torch's transformations; each field as in `torch.library`."""
 
+    file: str  # the op's file, of the same name in reference/, csrc/ and triton_kernels/
     tensors: int  # the operator's first arguments that are tensors (or None); all others are plain values
     reference: Callable[..., Any]
     fake: Callable[..., Any]
@@ -53,8 +58,45 @@ class Rules:
     small: Callable[..., Any] | None = None  # contiguous CPU tensors of few elements: the result, or None for "too big"
 
 
+# Every registered operator, for pygen.backends.
+registered: dict[str, Rules] = {}
+
+
+def triton_kernel(name: str, rules: Rules) -> Callable[..., Any]:
+    """The op's Triton launcher. Importing Triton takes a second, so it waits for the first call."""
+
+    def launch(*args):
+        module = importlib.import_module(f"pygen.triton_kernels.{rules.file}")
+        return getattr(module, name)(*args)
+
+    return launch
+
+
+def _gpu_without_triton(name: str, rules: Rules) -> Callable[..., Any]:
+    """The reference, and once a word about it: on a GPU it is many launches instead of one."""
+    warned = []
+
+    def launch(*args):
+        if not warned:
+            warned.append(True)
+            warnings.warn(
+                f"pygen.{name} runs on its plain PyTorch reference on the GPU: Triton is not installed "
+                "(pip install triton)",
+                stacklevel=2,
+            )
+        return rules.reference(*args)
+
+    return launch
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _register(name: str, rules: Rules) -> None:
     qualified = f"pygen::{name}"
+    registered[name] = rules
+    library.impl(name, (triton_kernel if has_triton() else _gpu_without_triton)(name, rules), "CUDA")
     # Any device without a kernel of its own (MPS, XPU, ...) computes the reference.
     library.impl(name, rules.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, rules.fake, lib=library)
@@ -84,6 +126,20 @@ def _function(name: str, op: Callable[..., Any], rules: Rules) -> type[torch.aut
     )
 
 
+@contextlib.contextmanager
+def small_road_closed() -> Iterator[None]:
+    """Let every call go through the dispatcher, where kernels can be exchanged."""
+    global small_road_open
+    small_road_open = False
+    try:
+        yield
+    finally:
+        small_road_open = True
+
+
+small_road_open = True
+
+
 def operator(name: str, rules: Rules) -> Callable[..., Any]:
     """Register `pygen::<name>` and return the function to call it with (positional arguments, as in the schema)."""
     if library is None:
@@ -106,7 +162,7 @@ def operator(name: str, rules: Rules) -> Callable[..., Any]:
         except AttributeError:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}") from None
         # A plain CPU tensor is just its memory: no subclass, no lazy negation, and nobody watching.
-        if small is not None and type(x) is Tensor and x.is_cpu and not (x.is_neg() or _dispatch_modes() or _profiling()):
+        if small is not None and small_road_open and type(x) is Tensor and x.is_cpu and not (x.is_neg() or _dispatch_modes() or _profiling()):
             result = small(*args)
             if result is not None:
                 return result

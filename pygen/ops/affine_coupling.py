@@ -70,6 +70,7 @@ _second_setup, _second_backward = derivative_through_reference(reference.affine_
 _affine_coupling_backward = operator(
     "affine_coupling_backward",
     Rules(
+        "affine_coupling",
         5,
         reference.affine_coupling_backward,
         _fake_backward,
@@ -80,7 +81,7 @@ _affine_coupling_backward = operator(
 )
 _affine_coupling = operator(
     "affine_coupling",
-    Rules(3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)),
+    Rules("affine_coupling", 3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)),
 )
 
 

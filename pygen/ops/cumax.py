@@ -75,9 +75,9 @@ _second_setup, _second_backward = derivative_through_reference(reference.cumax_b
 
 _cumax_backward = operator(
     "cumax_backward",
-    Rules(2, reference.cumax_backward, _fake_backward, _second_setup, _second_backward, _vmap_backward),
+    Rules("cumax", 2, reference.cumax_backward, _fake_backward, _second_setup, _second_backward, _vmap_backward),
 )
-_cumax = operator("cumax", Rules(1, reference.cumax, _like, _save, _backward, _vmap, _small))
+_cumax = operator("cumax", Rules("cumax", 1, reference.cumax, _like, _save, _backward, _vmap, _small))
 
 
 def cumax(x: Tensor, dim: int = -1, *, complement: bool = False) -> Tensor:

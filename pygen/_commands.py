@@ -1,0 +1,201 @@
+"""The commands of `pygen` (typer). Each is thin: it reads options, calls the package, and prints. Started by cli.py."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from pygen import data as datasets
+from pygen import models
+
+app = typer.Typer(
+    help="Fused, exact and reproducible kernels for generative models in PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    """cli.py looks for --debug by itself; the option is here for the help."""
+
+
+@app.command()
+def doctor() -> None:
+    """Say which kernel serves which op on which device here, and why not a faster one."""
+    from pygen import backends
+
+    console.print(backends.report(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _model_options(words: list[str]) -> dict[str, Any]:
+    """["depth=4", "hidden=[64,64]"] as {"depth": 4, "hidden": [64, 64]}."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set takes NAME=VALUE, got {word!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the user gave."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _saved_run(run: Path) -> dict[str, Any]:
+    """What config.json of a run says."""
+    try:
+        return json.loads((run / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"nothing to resume: {run} holds no run (config.json is missing)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from None
+
+
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(sorted(models.MODELS))}.")] = None,
+    data: Annotated[str, typer.Option(help="digits, a .npz or IDX file, or a folder of images.")] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/MODEL-DATA]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: 100, or until --minutes]")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step and process. [default: 128]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.001]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0.0001]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, data order and noise. [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
+    precision: Annotated[str | None, typer.Option(help="no or bf16. [default: no]")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="A model's argument, as depth=12.")] = None,
+    levels: Annotated[int | None, typer.Option(help="How many values the data can have. [default: found]")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this square.")] = None,
+) -> None:
+    """Train a model; Ctrl-C keeps what it has, --resume continues."""
+    from pygen import training
+
+    given = _changed(
+        {
+            "epochs": epochs,
+            "max_minutes": minutes,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "seed": seed,
+            "device": device,
+            "precision": precision,
+        }
+    )
+    if resume is not None:
+        saved = _saved_run(resume)
+        if model not in (None, saved["model"]):
+            raise ValueError(f"{resume} holds a {saved['model']}, not a {model}")
+        source = saved["data"] if isinstance(saved["data"], dict) else {"name_or_path": saved["data"]}
+        dataset = datasets.load(**source)
+        settings = training.TrainConfig(**{**saved["train"], **given})
+        network, run = models.create(saved["model"], saved["config"]), resume
+    else:
+        if model is None:
+            raise ValueError(f"which model? pygen train MODEL, one of: {', '.join(sorted(models.MODELS))}")
+        models.check_name(model)
+        dataset = datasets.load(data, levels=levels, size=size)
+        settings = training.TrainConfig(**({"epochs": None if minutes else 100} | given))
+        torch.manual_seed(settings.seed)
+        arguments = {"shape": dataset.shape, "levels": dataset.levels, **_model_options(options or [])}
+        network, run = models.create(model, arguments), out or Path("runs") / f"{model}-{dataset.name}"
+    result = training.train(network, dataset, settings, run, resume=resume is not None)
+    if _is_main_process():
+        _report(network, dataset, result)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _report(model: torch.nn.Module, dataset: datasets.Dataset, result: Any) -> None:
+    from pygen import training
+
+    unit = getattr(model, "loss_unit", "loss")
+    if result.interrupted:
+        console.print(f"interrupted after {result.steps} steps; continue with: pygen train --resume {result.run_dir}")
+        return
+    test = training.evaluate(model, dataset.test)
+    console.print(
+        f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; validation {result.best_valid:.4f}, "
+        f"test {test:.4f} {unit}\n{result.run_dir}: best.safetensors, last.safetensors, metrics.csv\n"
+        f"next: pygen sample {result.run_dir} --plot samples.png",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its best.safetensors.")],
+    n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of them. [default: RUN/samples.png]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write them as an array (.npz).")] = None,
+    temperature: Annotated[float, typer.Option(help="Below 1: closer to the mode.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Draw samples from a trained model."""
+    import numpy as np
+
+    from pygen import training
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
+    model = training.load_model(run, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    x = model.sample(n, temperature=temperature, generator=generator).cpu()  # type: ignore[operator]
+    written = []
+    if out is not None:
+        # Through an open file, because savez would add .npz to any other name.
+        with open(out, "wb") as file:
+            np.savez_compressed(file, samples=x.numpy())
+        written.append(str(out))
+    if plot is not None or out is None:
+        from pygen import _plots
+
+        plot = plot or (run.parent if run.suffix == ".safetensors" else run) / "samples.png"
+        _plots.save_samples(plot, x, model.levels)  # type: ignore[arg-type]
+        written.append(str(plot))
+    console.print(f"{n} samples: {', '.join(written)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="Folder for the run and the pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of weights, data order and noise.")] = 0,
+) -> None:
+    """Train RealNVP on real digits for a minute, and show what came out."""
+    from pygen import _demo
+
+    if _demo.run(console, minutes=minutes, out=out, seed=seed):
+        raise typer.Exit(INTERRUPTED)
+
+
+# Installed with the package, but not part of it where only `pygen` itself is on the path.
+with suppress(ModuleNotFoundError):
+    from pygen.benchmarks.command import bench
+
+    app.command(name="bench")(bench)

@@ -1,0 +1,230 @@
+"""Affine and additive coupling layers on pygen.ops. Conditioners are in conditioners.py; models stack the layers."""
+
+import torch
+from torch import Tensor, nn
+
+from pygen import ops
+from pygen.nn.transform import Transform, zero_log_det
+from pygen.reference.affine_coupling import SCALE_MAPS
+
+
+def alternating_mask(n: int, *, even: bool = False) -> Tensor:
+    """bool (n,): True (transformed) at odd positions, or at even ones.
+
+    Example:
+        >>> from pygen import nn
+        >>> nn.alternating_mask(4)
+        tensor([False,  True, False,  True])
+    """
+    return torch.arange(n) % 2 == (0 if even else 1)
+
+
+def checkerboard_mask(height: int, width: int, channels: int | None = None, *, even: bool = False) -> Tensor:
+    """bool (height, width), or (channels, height, width): True (transformed) where row + column is odd, or even.
+
+    Example:
+        >>> from pygen import nn
+        >>> nn.checkerboard_mask(2, 2)
+        tensor([[False,  True],
+                [ True, False]])
+
+    Source: Dinh et al., "Density estimation using Real NVP", 2017, section 3.4.
+    """
+    board = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == (0 if even else 1)
+    return board if channels is None else board.expand(channels, height, width).clone()
+
+
+class _Coupling(Transform):
+    """Splits x into a passive and an active part, by halves or by mask, and puts the parts together again.
+
+    A subclass defines `_couple(active, parameters, inverse) -> (active, log_det)`; `parameters` are what the
+    conditioner made of the passive part, already cut into `_chunks` pieces of the active part's shape.
+    """
+
+    _chunks: int
+    mask: Tensor | None
+    _active: Tensor
+
+    def __init__(self, conditioner: nn.Module, *, mask: Tensor | None, dim: int, swap: bool) -> None:
+        super().__init__()
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"{type(self).__name__}: mask must be bool (True = transformed), got {mask.dtype}")
+        if mask is not None and (mask.all() or not mask.any()):
+            raise ValueError(
+                f"{type(self).__name__}: mask must leave at least one element as it is and transform at least one, "
+                f"got {int(mask.sum())} of {mask.numel()} transformed"
+            )
+        self.conditioner = conditioner
+        self.dim, self.swap = dim, swap
+        self.register_buffer("mask", mask if mask is None or not swap else ~mask)
+        self.register_buffer("_active", None, persistent=False)
+        self._index_active()
+        self.register_load_state_dict_post_hook(lambda module, _: module._index_active())
+
+    def _index_active(self) -> None:
+        if self.mask is not None:
+            self._active = self.mask.flatten().nonzero().squeeze(1)
+
+    def _couple(self, active: Tensor, parameters: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _condition(self, passive: Tensor, context: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Run the conditioner and cut its output into views of the given shape."""
+        out = self.conditioner(passive) if context is None else self.conditioner(passive, context)
+        parts = tuple(out) if isinstance(out, tuple | list) else out.chunk(self._chunks, self.dim)
+        if len(parts) != self._chunks or any(part.shape != shape for part in parts):
+            got = [tuple(part.shape) for part in parts] if isinstance(out, tuple | list) else tuple(out.shape)
+            raise ValueError(
+                f"{type(self).__name__}: the conditioner must return {self._chunks} x {tuple(shape)}, "
+                f"in one tensor along dimension {self.dim} or as a tuple, got {got}"
+            )
+        return parts
+
+    def _by_halves(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        size = x.size(self.dim)
+        if size < 2:
+            raise ValueError(
+                f"{type(self).__name__}: dimension {self.dim} must have at least 2 elements to be split, "
+                f"got x {tuple(x.shape)}"
+            )
+        first, second = x.split((size - size // 2, size // 2), self.dim)
+        passive, active = (second, first) if self.swap else (first, second)
+        active, log_det = self._couple(active, self._condition(passive, context, active.shape), inverse)
+        return torch.cat((active, passive) if self.swap else (passive, active), self.dim), log_det
+
+    def _by_mask(self, x: Tensor, mask: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if x.shape[1:] != mask.shape:
+            raise ValueError(
+                f"{type(self).__name__}: x must be (B, ...) with the mask's shape {tuple(mask.shape)} per sample, "
+                f"got {tuple(x.shape)}"
+            )
+        parameters = self._condition(x.masked_fill(mask, 0), context, x.shape)
+        # The active elements only: half the work, and no scale map needs a neutral element for the others.
+        picked = tuple(p.flatten(1).index_select(1, self._active) for p in parameters)
+        flat = x.flatten(1)
+        active, log_det = self._couple(flat.index_select(1, self._active), picked, inverse)
+        return flat.index_copy(1, self._active, active.to(flat.dtype)).view(x.shape), log_det
+
+    def _apply_coupling(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.mask is None:
+            return self._by_halves(x, context, inverse)
+        return self._by_mask(x, self.mask, context, inverse)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_coupling(x, context, False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_coupling(z, context, True)
+
+    def extra_repr(self) -> str:
+        split = f"dim={self.dim}" if self.mask is None else f"mask={tuple(self.mask.shape)}"
+        return f"{split}, swap={self.swap}"
+
+
+class AffineCoupling(_Coupling):
+    r"""Affine coupling: one part of x scales and shifts the other.
+
+    .. math::
+        z_p = x_p, \qquad z_a = x_a\, s(a) + t, \qquad (a, t) = \mathrm{conditioner}(x_p, c), \qquad
+        \log\det_b = \sum \log s(a)
+
+    Args:
+        conditioner: a module from the passive part (and context, when one is given) to a and t: one tensor whose first
+            half along `dim` is a and whose second half is t, or a tuple (a, t). Halves are read as views.
+        mask: None splits x in halves along `dim` (the first, larger one when odd, conditions). Or bool of x's shape
+            without the batch, True = transformed; the conditioner then sees all of x with the transformed part zero,
+            and returns a and t for all of x.
+        dim: the dimension of features or channels.
+        swap: exchange the roles of the two parts.
+        scale_map, shift_first, clamp: as in `pygen.ops.affine_coupling`.
+
+    Shape:
+        x, z: (B, ...). context: whatever the conditioner takes. log_det: (B,).
+
+    Raises:
+        ValueError: a mask that transforms nothing or everything, x that does not fit, a conditioner's output that does
+            not fit, or an unknown scale_map. TypeError: a mask that is not bool.
+
+    Example:
+        >>> import torch
+        >>> from pygen import nn
+        >>> layer = nn.AffineCoupling(nn.MLP(2, 4), scale_map="tanh")
+        >>> x = torch.randn(5, 4)
+        >>> z, log_det = layer(x)
+        >>> torch.allclose(layer.inverse(z)[0], x), log_det.shape
+        (True, torch.Size([5]))
+
+    Source: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", ICLR 2017, section 3.2.
+    """
+
+    _chunks = 2
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        *,
+        mask: Tensor | None = None,
+        dim: int = 1,
+        swap: bool = False,
+        scale_map: str = "tanh",
+        shift_first: bool = False,
+        clamp: float = 2.0,
+    ) -> None:
+        super().__init__(conditioner, mask=mask, dim=dim, swap=swap)
+        if scale_map not in SCALE_MAPS:
+            raise ValueError(f"AffineCoupling: scale_map must be one of {', '.join(SCALE_MAPS)}, got {scale_map!r}")
+        self.scale_map, self.shift_first, self.clamp = scale_map, shift_first, clamp
+
+    def _couple(self, active: Tensor, parameters: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        scale, shift = parameters
+        return ops.affine_coupling(
+            active,
+            scale,
+            shift,
+            scale_map=self.scale_map,
+            shift_first=self.shift_first,
+            clamp=self.clamp,
+            inverse=inverse,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale_map={self.scale_map!r}, shift_first={self.shift_first}"
+
+
+class AdditiveCoupling(_Coupling):
+    r"""Additive coupling: one part of x shifts the other, :math:`z_a = x_a + t(x_p, c)`. Its log-determinant is 0.
+
+    Args:
+        conditioner: a module from the passive part (and context, when one is given) to t.
+        mask, dim, swap: as in `AffineCoupling`.
+
+    Shape:
+        x, z: (B, ...). log_det: (B,), zeros.
+
+    Raises:
+        ValueError, TypeError: as `AffineCoupling`.
+
+    Example:
+        >>> import torch
+        >>> from pygen import nn
+        >>> layer = nn.AdditiveCoupling(nn.MLP(2, 2))
+        >>> layer(torch.ones(1, 4))
+        (tensor([[1., 1., 1., 1.]], grad_fn=<CatBackward0>), tensor([0.]))
+
+    Source: Dinh, Krueger, Bengio, "NICE: Non-linear Independent Components Estimation", 2014, section 3.2.
+    """
+
+    _chunks = 1
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        *,
+        mask: Tensor | None = None,
+        dim: int = 1,
+        swap: bool = False,
+    ) -> None:
+        super().__init__(conditioner, mask=mask, dim=dim, swap=swap)
+
+    def _couple(self, active: Tensor, parameters: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        return ops.additive_coupling(active, parameters[0], inverse=inverse), zero_log_det(active)

@@ -1,0 +1,362 @@
+"""One training loop for every model, on accelerate: CPU, GPU, or several processes started by torchrun."""
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pygen.data import Dataset
+from pygen.training import checkpoint, metrics
+from pygen.training.config import Result, TrainConfig, TrainingDiverged
+from pygen.training.evaluate import summed_loss
+from pygen.training.progress import progress_bar
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+except ImportError as error:
+    raise ImportError("pygen.training needs accelerate and safetensors: pip install 'pygen[train]'") from error
+
+Callback = Callable[[Mapping[str, float]], None]
+
+_VALIDATION_SEED = 0x5EED  # the noise of validation is always the same, so that two epochs compare
+_SEED_STRIDE = 1_000_003  # a prime above any number of processes: (seed, step, rank) give different streams
+_EMA_WARMUP = 10  # the average starts as a plain mean, decay (1 + n) / (10 + n), and forgets the first weights
+
+
+class _Objective(nn.Module):
+    """`model.loss` as a forward pass, for wrappers (DDP, autocast) that hook into forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.loss(x)  # type: ignore[operator]
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig | None = None,
+    run_dir: str | Path = "runs/run",
+    *,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+) -> Result:
+    """Train a model by AdamW with warm-up, cosine decay, gradient clipping and averaged weights.
+
+    The randomness of a step (data order, dropout, noise) is a function of the seed, the step and the process alone, so
+    a run that was stopped and resumed ends with the same bits as one that was not (when `epochs` ends it: a run that
+    `max_minutes` ends depends on the clock). The global random state of torch is set by it.
+
+    Files in `run_dir`: `last.safetensors` (weights, average, optimizer, position), `best.safetensors` (averaged weights
+    of the lowest validation loss), `config.json`, `metrics.csv`. Afterwards `model` holds the best weights, in eval
+    mode.
+
+    Args:
+        model: has `loss(x) -> scalar`, and `name` and `config` that `models.create` rebuilds it from.
+        data: what to train and validate on.
+        config: settings.
+        run_dir: created when missing.
+        resume: continue the run in run_dir; `epochs` and `max_minutes` are totals, so larger ones prolong it.
+        callbacks: called with every row of metrics, by the main process.
+
+    Returns:
+        A `Result`; after Ctrl-C too, with `interrupted`, and a checkpoint written.
+
+    Raises:
+        TrainingDiverged: loss or gradient became NaN or infinite; the last checkpoint is kept.
+        ValueError: nothing to resume, a run that would be overwritten, or a device that is not there.
+        OSError: a checkpoint could not be written (no space); the previous one is kept.
+
+    Example:
+        >>> from pygen import data, models, training
+        >>> digits = data.load("digits")
+        >>> model = models.RealNVP(digits.shape, levels=digits.levels)
+        >>> training.train(model, digits, training.TrainConfig(epochs=20), "runs/digits")  # doctest: +SKIP
+    """
+    run = _Run(model, data, config or TrainConfig(), Path(run_dir))
+    if resume:
+        run.restore()
+    else:
+        run.begin()
+    with progress_bar(run.config.progress and run.is_main) as bar, _interrupt_flag() as interrupted:
+        return run.loop(list(callbacks), bar, interrupted)
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig, run_dir: Path) -> None:
+        self.config, self.data, self.dir, self.model = config, data, run_dir, model
+        self.accelerator = _accelerator(config)
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        objective = _Objective(model)
+        # One fused pass over all parameters: a quarter of a small model's step goes into the optimizer otherwise.
+        optimizer = kind(
+            model.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.step = self.epoch = self.batch = 0  # `batch` is the position in the epoch
+        self.seconds, self.loss_sum = 0.0, 0.0
+        self.best = math.inf
+        per_process = len(data.train) // self.world
+        if per_process == 0:
+            raise ValueError(f"{len(data.train)} training samples are too few for {self.world} processes")
+        self.batch_size = min(config.batch_size, per_process)
+        self.batches = per_process // self.batch_size
+        self.saved_at = time.monotonic()
+
+    # Beginning and resuming
+
+    def begin(self) -> None:
+        """Take an empty run_dir, and write down what will run in it."""
+        if (self.dir / checkpoint.LAST).exists():
+            raise ValueError(f"{self.dir} already holds a run: resume it, or choose another folder")
+        self.accelerator.wait_for_everyone()  # nobody looks for the file after somebody wrote it
+        if self.is_main:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            content = {**self._identity(), "data": self.data.source or self.data.name, "train": asdict(self.config)}
+            checkpoint.write_atomically(self.dir / checkpoint.CONFIG, json.dumps(content, indent=2).encode())
+            metrics.start(self.dir / checkpoint.METRICS)
+
+    def restore(self) -> None:
+        """Continue where last.safetensors stopped."""
+        path = self.dir / checkpoint.LAST
+        if not path.exists():
+            raise ValueError(f"nothing to resume: {path} does not exist")
+        tensors, info = checkpoint.load_tensors(path)
+        if {key: info.get(key) for key in self._identity()} != self._identity():
+            raise ValueError(f"{self.dir} holds another model: {info.get('model')} {info.get('config')}")
+        self.model.load_state_dict(checkpoint.without_prefix("model.", tensors))
+        self.ema.load_state_dict(checkpoint.without_prefix("ema.", tensors))
+        checkpoint.load_optimizer_tensors(self.optimizer.optimizer, checkpoint.without_prefix("optimizer.", tensors))
+        for name in ("step", "epoch", "batch", "seconds", "best"):
+            setattr(self, name, info[name])
+        if (info["batches"], len(info["loss_sum"])) == (self.batches, self.world):
+            self.loss_sum = info["loss_sum"][self.rank]
+        else:
+            self.batch = 0  # other batches than before: begin this epoch again
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            metrics.truncate(self.dir / checkpoint.METRICS, self.step)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"model": self.model.name, "config": self.model.config}
+
+    # The loop
+
+    def loop(self, callbacks: list[Callback], bar: Any, interrupted: threading.Event) -> Result:
+        began, first_step, before = time.monotonic(), self.step, self.seconds
+        stopped, rate = False, 0.0
+        while not (stopped or self._finished()):
+            for x in self._epoch():
+                self._train_step(x)
+                self.seconds = before + time.monotonic() - began
+                rate = (self.step - first_step) * self.batch_size * self.world / (self.seconds - before)
+                bar.update(self._progress(), self.loss_sum / self.batch, self.best, rate)
+                stopped, self.seconds = self._agree(interrupted.is_set())
+                if stopped or self._out_of_time():
+                    break
+                self._checkpoint_if_due()
+            else:
+                self._end_epoch(callbacks, rate)
+        if self.best == math.inf and self.step:
+            self._validate()  # stopped within the first epoch: there is a best all the same
+        self._save_last()
+        self._load_best()
+        seconds = self.seconds - before
+        rate = (self.step - first_step) * self.batch_size * self.world / seconds if seconds > 0 else 0.0
+        return Result(self.step, self.epoch, self.seconds, self.best, rate, stopped, self.dir)
+
+    def _epoch(self) -> Iterator[Tensor]:
+        """What is left of this epoch's batches, this process's share, in an order that only seed and epoch decide."""
+        generator = torch.Generator().manual_seed(self.config.seed * _SEED_STRIDE + self.epoch)
+        order = torch.randperm(len(self.data.train), generator=generator)[self.rank :: self.world]
+        for batch in range(self.batch, self.batches):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self.data.train[indices].to(self.device)
+
+    def _train_step(self, x: Tensor) -> None:
+        torch.manual_seed((self.config.seed * _SEED_STRIDE + self.step) * _SEED_STRIDE + self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.objective.train()
+        loss = self.objective(x)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        value = loss.item()
+        # Before the step, so that weights, average and checkpoint are never touched by it. DDP has summed the
+        # gradients: what one process finds in their norm, all find.
+        if not (math.isfinite(norm.item()) and math.isfinite(value)):
+            raise TrainingDiverged(self._divergence(value))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.batch, self.loss_sum = self.step + 1, self.batch + 1, self.loss_sum + value
+        self._update_ema()
+
+    def _divergence(self, loss: float) -> str:
+        what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient became NaN or infinite"
+        path = self.dir / checkpoint.LAST
+        kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
+        return f"{what} at step {self.step + 1}; {kept}. A lower learning rate usually helps"
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.config.ema, self.step / (_EMA_WARMUP + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)
+
+    # Schedule and time
+
+    def _progress(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        by_steps = self.step / (self.config.epochs * self.batches) if self.config.epochs else 0.0
+        by_time = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def _learning_rate(self) -> float:
+        warmup = min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * self._progress()))
+        final = self.config.final_learning_rate
+        return self.config.learning_rate * warmup * (final + (1 - final) * cosine)
+
+    def _out_of_time(self) -> bool:
+        return self.config.max_minutes is not None and self.seconds >= 60 * self.config.max_minutes
+
+    def _finished(self) -> bool:
+        return self._out_of_time() or (self.config.epochs is not None and self.epoch >= self.config.epochs)
+
+    def _agree(self, stop: bool) -> tuple[bool, float]:
+        """What all processes take for the time and for Ctrl-C: they must leave the loop at the same step."""
+        if self.world == 1:
+            return stop, self.seconds
+        # Times in float64 survive a reduction on every backend.
+        both = torch.tensor([float(stop), self.seconds], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        return bool(both[0].item()), both[1].item()
+
+    # Validation and files
+
+    def _end_epoch(self, callbacks: list[Callback], rate: float) -> None:
+        loss = self._mean(self.loss_sum / self.batches)
+        self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
+        valid = self._validate() if self.epoch % self.config.validate_epochs == 0 or self._finished() else math.nan
+        if self.is_main:
+            row = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "loss": loss, "valid": valid,
+                   "learning_rate": self._learning_rate(), "samples_per_second": rate}  # fmt: skip
+            metrics.append(self.dir / checkpoint.METRICS, row)
+            for callback in callbacks:
+                callback(row)
+
+    def _validate(self) -> float:
+        """The averaged weights' loss on this process's share of the validation data, and all processes' mean of it."""
+        torch.manual_seed(_VALIDATION_SEED + self.rank)
+        share = self.data.valid[self.rank :: self.world]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with self.accelerator.autocast():
+            total[0] = summed_loss(self.ema, share, draws=self.config.validation_draws, device=self.device)
+        total[1] = len(share)
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        valid = (total[0] / total[1]).item()
+        if valid < self.best or (self.best == math.inf and not math.isfinite(valid)):
+            self.best = valid
+            if self.is_main:
+                info = {**self._identity(), "data": self.data.name, "step": self.step, "valid": valid}
+                weights = checkpoint.with_prefix("ema.", self.ema.state_dict())
+                checkpoint.save_tensors(self.dir / checkpoint.BEST, weights, info)
+        return valid
+
+    def _mean(self, value: float) -> float:
+        return sum(self._gather(value)) / self.world
+
+    def _gather(self, value: float) -> list[float]:
+        """One number of every process."""
+        if self.world == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return self.accelerator.gather(mine).tolist()
+
+    def _checkpoint_if_due(self) -> None:
+        due = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+        if self.world > 1:
+            due = self._agree(due)[0]
+        if due:
+            self._save_last()
+
+    def _save_last(self) -> None:
+        loss_sum = self._gather(self.loss_sum)
+        if self.is_main:
+            info = {
+                **self._identity(),
+                "data": self.data.name,
+                "step": self.step,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "batches": self.batches,
+                "seconds": self.seconds,
+                "best": self.best,
+                "loss_sum": loss_sum,
+            }
+            tensors = {
+                **checkpoint.with_prefix("model.", self.model.state_dict()),
+                **checkpoint.with_prefix("ema.", self.ema.state_dict()),
+                **checkpoint.with_prefix("optimizer.", checkpoint.optimizer_tensors(self.optimizer.optimizer)),
+            }
+            checkpoint.save_tensors(self.dir / checkpoint.LAST, tensors, info)
+        self.saved_at = time.monotonic()
+
+    def _load_best(self) -> None:
+        self.accelerator.wait_for_everyone()
+        path = self.dir / checkpoint.BEST
+        if path.exists():
+            tensors, _ = checkpoint.load_tensors(path)
+            self.model.load_state_dict(checkpoint.without_prefix("ema.", tensors))
+        self.model.eval()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {config.device!r}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no GPU here; use --device cpu")
+    # accelerate keeps the precision of the process's first Accelerator for ever, and refuses any other.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Ctrl-C sets a flag that the loop reads between steps; a second Ctrl-C interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
