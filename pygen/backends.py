@@ -96,8 +96,8 @@ def use_kernels(which: str) -> Iterator[None]:
             if which == "triton":
                 override.impl(name, _operator.triton_kernel(name, rules), "CPU")
             else:
-                override.impl(name, rules.reference, "CPU")
-                override.impl(name, rules.reference, "CUDA")
+                override.impl(name, _operator.reference_kernel(rules), "CPU")
+                override.impl(name, _operator.reference_kernel(rules), "CUDA")
     with _operator.small_road_closed():
         try:
             yield

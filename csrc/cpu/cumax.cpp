@@ -84,16 +84,16 @@ PYGEN_INLINE typename VecOf<T>::vec load_at(const T* p, int64_t i, int64_t n) {
 template <bool exclusive, typename T, typename Emit>
 PYGEN_INLINE void scan_from_front(const T* values, int64_t n, Emit emit) {
   constexpr int step = VecOf<double>::lanes;
-  f64v carry{};
+  RunningSum<T> carry;
   for (int64_t i = 0; i < n; i += VecOf<T>::lanes) {
     const auto wide = Wide<T>::of(load_at(values, i, n));
     f64v total{};
     for (int part = 0; part < Wide<T>::parts; ++part) {
       const f64v sums = part ? total + prefix_sum(wide.part[part]) : prefix_sum(wide.part[part]);
-      emit(i + part * step, carry + (exclusive ? shift_front(sums, total) : sums));
+      emit(i + part * step, carry.plus(exclusive ? shift_front(sums, total) : sums));
       total = last_lane(sums);
     }
-    carry += total;
+    carry.add(total);
   }
 }
 
@@ -101,16 +101,16 @@ PYGEN_INLINE void scan_from_front(const T* values, int64_t n, Emit emit) {
 template <bool exclusive, typename T, typename Emit>
 PYGEN_INLINE void scan_from_back(const T* values, int64_t n, Emit emit) {
   constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
-  f64v carry{};
+  RunningSum<T> carry;
   for (int64_t i = (n - 1) / lanes * lanes; i >= 0; i -= lanes) {
     const auto wide = Wide<T>::of(load_at(values, i, n));
     f64v total{};
     for (int part = Wide<T>::parts - 1; part >= 0; --part) {
       const f64v sums = part < Wide<T>::parts - 1 ? total + suffix_sum(wide.part[part]) : suffix_sum(wide.part[part]);
-      emit(i + part * step, carry + (exclusive ? shift_back(sums, total) : sums));
+      emit(i + part * step, carry.plus(exclusive ? shift_back(sums, total) : sums));
       total = first_lane(sums);
     }
-    carry += total;
+    carry.add(total);
   }
 }
 
@@ -179,19 +179,19 @@ PYGEN_INLINE double exponentials(const T* x, T* e, int64_t n) {
   }
   const auto shift = reduce_by_ln2(splat(maximum)).n;
   const auto floor = splat(maximum - Limits<T>::depth);
-  f64v sum{};
+  RunningSum<T> sum;
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     const auto v = exp_shifted(at_least(load(x + i), floor), shift);
     store(e + i, v);
-    accumulate(sum, v);
+    sum.add(v);
   }
   if (i < n) {
     const auto v = exp_shifted(at_least(load_some(x + i, n - i, T(-__builtin_inf())), floor), shift);
     store_some(e + i, v, n - i);
-    accumulate(sum, keep_some<T>(v, n - i));
+    sum.add(keep_some<T>(v, n - i));
   }
-  return sum_of_lanes(sum);
+  return sum.total();
 }
 
 // ---- one row ---------------------------------------------------------------------------------------------------------
@@ -201,22 +201,40 @@ void fill_row(T* row, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) row[i] = value;
 }
 
-template <typename T>
-void forward_row(const T* x, T* y, int64_t n, bool complement) {
+// The last quotient, and the order of those that differ by less than the sums' rounding, in float64, where the sum of the
+// exponentials and the scan's are rounded apart. For float both follow from the float64 scan.
+struct Ordered {
+  f64v bound = {};
+  template <bool from_back>
+  __attribute__((always_inline)) f64v rise(f64v y) {
+    y = at_most(at_least(y, bound), splat(1.));
+    bound = from_back ? first_lane(y) : last_lane(y);
+    return y;
+  }
+};
+
+template <bool complement, typename T>
+void forward_row_of(const T* x, T* y, int64_t n) {
   const double sum = exponentials(x, y, n);
   if (sum != sum) return fill_row(y, n, T(__builtin_nan("")));
   const f64v scale = splat(1 / sum);
+  Ordered ordered;
+  const auto emit = [&](int64_t i, f64v sums) __attribute__((always_inline)) {
+    f64v quotients = sums * scale;
+    if (sizeof(T) == 8) quotients = ordered.template rise<complement>(quotients);
+    store_wide(y, i, n, quotients);
+  };
   if (complement) {
-    scan_from_back<true>(y, n, [=](int64_t i, f64v sums) __attribute__((always_inline)) {
-      store_wide(y, i, n, sums * scale);
-    });
+    scan_from_back<true>(y, n, emit);
   } else {
-    // `sum` was taken in another order than the scan's: in float64 the last quotients can differ from 1 by its rounding.
-    scan_from_front<false>(y, n, [=](int64_t i, f64v sums) __attribute__((always_inline)) {
-      store_wide(y, i, n, sizeof(T) == 8 ? at_most(sums * scale, splat(1.)) : sums * scale);
-    });
+    scan_from_front<false>(y, n, emit);
     y[n - 1] = 1;
   }
+}
+
+template <typename T>
+void forward_row(const T* x, T* y, int64_t n, bool complement) {
+  complement ? forward_row_of<true>(x, y, n) : forward_row_of<false>(x, y, n);
 }
 
 // dx_j = p_j (G_j - sum_i p_i G_i), G the sums of the incoming gradient; dx holds e until the end.

@@ -1,4 +1,4 @@
-// Elementary functions on vectors, for float and double, accurate to about one unit in the last place (tests/test_math.py
+// Elementary functions on vectors, for float and double, accurate to about one unit in the last place (tests/ops/
 // measures each against a multiple-precision library). Coefficients are those of the Cephes library (Moshier, 1984-1992),
 // and of fdlibm (Sun Microsystems, 1993) for the logarithm.
 #pragma once

@@ -139,11 +139,6 @@ PYGEN_INLINE f64v high_half(f32v v) { return (f64v)_mm256_cvtps_pd(_mm256_extrac
 PYGEN_INLINE f32half to_f32(f64v v) { return (f32half)_mm256_cvtpd_ps((__m256d)v); }
 #endif
 
-// Running sums are kept in float64 whatever is summed: they cost little next to what they sum, and a row of 2^20 then
-// is as exact as a row of 16.
-PYGEN_INLINE void accumulate(f64v& sum, f32v v) { sum += low_half(v) + high_half(v); }
-PYGEN_INLINE void accumulate(f64v& sum, f64v v) { sum += v; }
-
 // In pairs: the chain is log2(lanes) additions long.
 #if PYGEN_VECTOR_BYTES == 64
 PYGEN_INLINE double sum_of_lanes(f64v v) { return _mm512_reduce_add_pd((__m512d)v); }
@@ -166,6 +161,40 @@ PYGEN_INLINE double maximum_of_lanes(f64v v) {
   return v[0];
 }
 #endif
+
+// Running sums are kept in float64 whatever is summed: they cost little next to what they sum, and a row of 2^20 then
+// is as exact as a row of 16.
+PYGEN_INLINE void accumulate(f64v& sum, f32v v) { sum += low_half(v) + high_half(v); }
+PYGEN_INLINE void accumulate(f64v& sum, f64v v) { sum += v; }
+
+// hi + lo is the exact sum of what was added, up to lo's own rounding: float64 for the sums of float64.
+struct ExactSum {
+  f64v hi, lo;
+  __attribute__((always_inline)) void add(f64v v) {
+    const f64v sum = hi + v;
+    const f64v added = sum - hi;
+    lo += (hi - (sum - added)) + (v - added);
+    hi = sum;
+  }
+};
+
+// The running sums of values of type T.
+template <typename T>
+struct RunningSum {
+  f64v sum = {};
+  __attribute__((always_inline)) void add(f32v v) { accumulate(sum, v); }
+  __attribute__((always_inline)) void add(f64v v) { sum += v; }
+  __attribute__((always_inline)) f64v plus(f64v v) const { return sum + v; }
+  __attribute__((always_inline)) double total() const { return sum_of_lanes(sum); }
+};
+
+template <>
+struct RunningSum<double> {
+  ExactSum sum = {};
+  __attribute__((always_inline)) void add(f64v v) { sum.add(v); }
+  __attribute__((always_inline)) f64v plus(f64v v) const { return sum.hi + (v + sum.lo); }
+  __attribute__((always_inline)) double total() const { return sum_of_lanes(sum.hi) + sum_of_lanes(sum.lo); }
+};
 
 PYGEN_INLINE float widen(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;

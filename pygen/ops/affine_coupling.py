@@ -87,20 +87,23 @@ _affine_coupling = operator(
 
 def _same_shape_and_dtype(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Broadcast and promote as x * scale + shift would; free when there is nothing to do."""
+    for name, tensor in (("x", x), ("scale", scale), ("shift", shift)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"affine_coupling: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if scale.dtype != x.dtype or shift.dtype != x.dtype:
         dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), shift.dtype)
         x, scale, shift = x.to(dtype), scale.to(dtype), shift.to(dtype)
     if scale.shape != x.shape or shift.shape != x.shape:
-        scale, shift = _expand("scale", scale, x), _expand("shift", shift, x)
+        scale, shift = _expand("affine_coupling", "scale", scale, x), _expand("affine_coupling", "shift", shift, x)
     return x, scale, shift
 
 
-def _expand(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+def _expand(op: str, name: str, tensor: Tensor, x: Tensor) -> Tensor:
     try:
         return tensor.expand_as(x)
     except RuntimeError:
         raise ValueError(
-            f"affine_coupling: {name} must have x's shape or broadcast to it, "
+            f"{op}: {name} must have x's shape or broadcast to it, "
             f"got {tuple(tensor.shape)} for x {tuple(x.shape)}"
         ) from None
 
@@ -196,9 +199,6 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False) -> Ten
     for name, tensor in (("x", x), ("shift", shift)):
         if not tensor.is_floating_point():
             raise TypeError(f"additive_coupling: {name} must be floating point, got {tensor.dtype}")
-    if shift.shape != x.shape and torch.broadcast_shapes(shift.shape, x.shape) != x.shape:
-        raise ValueError(
-            f"additive_coupling: shift must have x's shape or broadcast to it, "
-            f"got {tuple(shift.shape)} for x {tuple(x.shape)}"
-        )
+    if shift.shape != x.shape:
+        shift = _expand("additive_coupling", "shift", shift, x)
     return reference.additive_coupling(x, shift, inverse)

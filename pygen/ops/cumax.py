@@ -52,32 +52,15 @@ def _vmap_backward(info, in_dims, grad, x, dim, complement):
     return _cumax_backward(moved_grad, moved_x, moved_dim, complement).reshape(full), 0
 
 
-# In the order of CumaxType in csrc/cpu/cumax.h.
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def _small(x, dim, complement):
-    shape = x.shape
-    rank = len(shape)
-    elements = x.numel()
-    if not 0 < elements <= _C.CUMAX_SMALL or rank == 0 or dim not in (-1, rank - 1) or not x.is_contiguous():
-        return None
-    kind = _TYPES.get(x.dtype)
-    if kind is None:
-        return None
-    y = torch.empty_like(x)
-    length = shape[-1]
-    _C.cumax_small(x.data_ptr(), y.data_ptr(), elements // length, length, kind, complement)
-    return y
-
-
 _second_setup, _second_backward = derivative_through_reference(reference.cumax_backward)
 
 _cumax_backward = operator(
     "cumax_backward",
     Rules("cumax", 2, reference.cumax_backward, _fake_backward, _second_setup, _second_backward, _vmap_backward),
 )
-_cumax = operator("cumax", Rules("cumax", 1, reference.cumax, _like, _save, _backward, _vmap, _small))
+_cumax = operator(
+    "cumax", Rules("cumax", 1, reference.cumax, _like, _save, _backward, _vmap, small=_C.cumax_small if _C else None)
+)
 
 
 def cumax(x: Tensor, dim: int = -1, *, complement: bool = False) -> Tensor:

@@ -1,0 +1,94 @@
+# `make demo` and `make test` are all that a newcomer needs; each sets up its own environment in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    := $(abspath $(BIN))
+# Any torch from 2.10 on. Set TORCH= for another build, or TORCH="" to keep what is installed.
+TORCH  ?= torch==2.13.0
+# Two threads: the tests ask for one and two, and torch processes beside each other slow one another down.
+JOBS   ?= 2
+
+.PHONY: help demo test test-fast lint bench docs test-gpu bench-gpu test-triton test-aot test-old-cpu check-aarch64 test-sanitize format clean
+
+help:
+	@echo "make demo           train a flow on real digits, compare it with baselines, draw the pictures"
+	@echo "make test           lint, types and every test that needs no GPU"
+	@echo "make bench          measure the ops against eager and compiled PyTorch"
+	@echo "make test-gpu       the op tests on a CUDA device;  make bench-gpu  the benchmarks there"
+	@echo "make test-old-cpu   both ops under an emulated CPU without AVX (needs qemu-user)"
+	@echo "make check-aarch64  cross-compile the CPU kernels for AArch64 (needs g++-aarch64-linux-gnu)"
+	@echo "make test-sanitize  the op tests with address and undefined-behaviour sanitizers"
+
+# ---- environment ---------------------------------------------------------------------------------------------------
+# The stamp depends on what is compiled and on what is installed; Python files are used in place.
+SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csrc/shared/*) setup.py pyproject.toml
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("pygen needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel pybind11 ninja numpy $(TORCH)
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[cli,train,dev]"
+	@touch $@
+
+# ---- the two commands ----------------------------------------------------------------------------------------------
+demo: $(VENV)/installed
+	$(BIN)/pygen demo --out demo
+
+test: lint test-fast test-triton test-aot
+
+# ---- parts of them -------------------------------------------------------------------------------------------------
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --ignore tests/triton_kernels
+
+# The same op tests on the Triton kernels, run by Triton's interpreter on the CPU.
+test-triton: $(VENV)/installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests/ops tests/triton_kernels --ignore tests/triton_kernels/test_aot.py
+
+# Every Triton kernel compiled ahead of time for four chips: no spills, shared memory within the chip's.
+test-aot: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) tests/triton_kernels/test_aot.py
+
+bench: $(VENV)/installed
+	$(BIN)/pygen bench --peers --json bench.json --plot bench.png
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pytest --doctest-modules pygen/ops pygen/backends.py pygen/models pygen/nn pygen/data
+
+# ---- where a GPU is at hand ----------------------------------------------------------------------------------------
+test-gpu:
+	$(PYTHON) -m pytest -k cuda tests/ops && $(PYTHON) -m pytest tests/triton_kernels --ignore tests/triton_kernels/test_aot.py
+
+bench-gpu:
+	$(PYTHON) -m pygen.benchmarks --peers --device cuda --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
+
+# ---- run now and then ----------------------------------------------------------------------------------------------
+# Nehalem is a 64-bit CPU of 2008: SSE4.2, no AVX.
+test-old-cpu: $(VENV)/installed
+	qemu-x86_64 -cpu Nehalem $(RUN)/python tests/old_cpu.py
+
+check-aarch64:
+	@for f in csrc/cpu/*.cpp; do \
+	  echo "aarch64-linux-gnu-g++ $$f"; \
+	  aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-psabi -c $$f -o /dev/null || exit 1; done
+
+# Python itself is not sanitized, so the runtime comes in first by LD_PRELOAD, and leaks of the interpreter are its own.
+test-sanitize: $(VENV)/installed
+	PYGEN_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize
+	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  PYGEN_NATIVE=$$(ls build/sanitize/pygen/_C*.so) \
+	  $(BIN)/python -m pytest -q -x tests/ops -k "not compiles and not exports" -m "not slow"
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+clean:
+	rm -rf build dist *.egg-info pygen/_C*.so .pytest_cache .mypy_cache .ruff_cache

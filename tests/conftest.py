@@ -1,0 +1,76 @@
+"""What all tests share: the kernels that a test runs on, and where the optional real data is.
+
+Three sessions cover all kernels. The plain one runs the reference and every CPU level that the machine has; with
+TRITON_INTERPRET=1 the same tests run the Triton kernels on CPU tensors; where torch sees a GPU they run there as well.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pygen import backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available_backends() -> list[str]:
+    if INTERPRETED:
+        return ["triton"]
+    levels = [f"cpu-{level}" for level in backends.cpu_capabilities()]
+    return ["reference", *levels, *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@contextlib.contextmanager
+def running_on(backend: str):
+    """Compute on `backend`; yields the device that tensors belong on."""
+    if backend == "cuda":
+        yield torch.device("cuda")
+    elif backend in ("reference", "triton"):
+        with backends.use_kernels(backend):
+            yield torch.device("cpu")
+    else:
+        with backends.cpu_capability(backend.removeprefix("cpu-")):
+            yield torch.device("cpu")
+
+
+@pytest.fixture(params=available_backends())
+def backend(request):
+    """The name of the kernels in use; `backend_device` has where their tensors live."""
+    return request.param
+
+
+@pytest.fixture
+def backend_device(backend):
+    with running_on(backend) as device:
+        yield device
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory holds NaN, so that an output element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def two_threads():
+    """Allow two threads even where the session began with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data that is not part of the repository: PYGEN_TEST_DATA, or shared/data beside it."""
+    folder = Path(os.environ.get("PYGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data: set PYGEN_TEST_DATA to its folder")
+    return folder

@@ -1,0 +1,23 @@
+"""Imports pygen and runs both ops on a CPU without AVX: `make test-old-cpu` starts this under qemu-user.
+
+A function compiled for a newer CPU that slipped into the baseline, or into a static initialiser, ends this script with
+an illegal instruction.
+"""
+
+import torch
+
+from pygen import backends, ops, reference
+
+assert backends.cpu_capabilities() == ["default"], backends.cpu_capabilities()
+x, scale, shift = torch.randn(3, 5, 70, dtype=torch.float64).unbind()
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for complement in (False, True):
+        y = ops.cumax(x.to(dtype), complement=complement)
+        torch.testing.assert_close(y, reference.cumax(x.to(dtype), -1, complement), rtol=1e-2, atol=1e-3)
+    for scale_map in reference.SCALE_MAPS:
+        leaves = [v.to(dtype).requires_grad_() for v in (x, scale, shift)]
+        y, log_det = ops.affine_coupling(*leaves, scale_map=scale_map)
+        want, _ = reference.affine_coupling(*leaves, scale_map)
+        torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+        torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+print("both ops run without AVX")
