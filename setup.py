@@ -247,11 +247,13 @@ class BuildKernels(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.write_if_changed(build_dir / "build_config.h", plan.config_header())
-        self.write_if_changed(build_dir / "build.ninja", plan.ninja(output))
+        self.write_if_changed(build_dir / "build.ninja", plan.ninja(Path("_C.so")))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         code = subprocess.call([checked_ninja(), "-C", str(build_dir), "-j", jobs])
         if code:
             fail(f"a compiler stopped with an error (above). It was {plan.compiler} for torch {plan.torch_version}.")
+        # Each kind of build keeps its own library: setuptools' copy may come from the other kind.
+        shutil.copy2(build_dir / "_C.so", output)
 
     @staticmethod
     def write_if_changed(path: Path, text: str) -> None:

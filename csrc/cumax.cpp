@@ -106,29 +106,15 @@ Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool com
 
 }  // namespace
 
-static_assert(static_cast<int>(SmallType::kFloat64) == static_cast<int>(CumaxType::kFloat64) &&
-                  static_cast<int>(SmallType::kBFloat16) == static_cast<int>(CumaxType::kBFloat16) &&
-                  static_cast<int>(SmallType::kFloat16) == static_cast<int>(CumaxType::kFloat16),
-              "SmallType and CumaxType are in one order");
-
 PyObject* cumax_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  SmallTensor x;
-  if (count != 3 || !PyLong_CheckExact(args[1]) || !PyBool_Check(args[2]) ||
-      !plain_small_cpu_tensor(args[0], kCumaxSmall, x))
-    Py_RETURN_NONE;
-  int overflow;
-  const int64_t dim = PyLong_AsLongLongAndOverflow(args[1], &overflow);
-  if (overflow || (dim != -1 && dim != x.rank - 1)) Py_RETURN_NONE;
-  void* y_data;
-  PyObject* y = new_plain_like(args[0], y_data);
-  if (!y) return nullptr;
-  alignas(64) char scratch[cumax_scratch_bytes(1, kCumaxSmall)];
-  const RowKernel kernel = PYGEN_KERNELS(cumax_kernels).forward[static_cast<int>(x.type)];
-  // The rows are too few to release Python's lock for them.
-  for (int64_t offset = 0; offset < x.elements; offset += x.length)
-    kernel(
-        {{x.data, &offset, 1}, {nullptr, nullptr, 1}, {y_data, &offset, 1}, 1, x.length, args[2] == Py_True, scratch});
-  return y;
+  return on_small_road([&]() -> std::optional<Tensor> {
+    if (count != 3) return {};
+    const auto dim = plain_int(args[1]);
+    const auto complement = plain_bool(args[2]);
+    const auto x = small_plain_tensor(args[0]);
+    if (!x || !dim || !complement) return {};
+    return cumax(*x, *dim, *complement);
+  });
 }
 
 }  // namespace pygen

@@ -27,7 +27,7 @@ py::dict build_info() {
 // pybind11's argument parsing would take as long as the work.
 PyMethodDef small_functions[] = {
     {"cumax_small", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pygen::cumax_small)), METH_FASTCALL,
-     "cumax of a small plain CPU tensor (x, dim, complement), or None if it is anything else."},
+     "cumax(x, dim, complement) of a small plain CPU tensor; None if x is anything else."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -40,7 +40,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return pygen::capability_name(pygen::capability()); },
       "The level that the CPU kernels run at.");
   m.def("cpu_capabilities", &pygen::capability_names, "The levels to be had on this machine, lowest first.");
-  m.attr("CUMAX_SMALL") = pygen::kCumaxSmall;
+  m.attr("SMALL") = pygen::kSmall;
   pygen::open_small_road();
   if (PyModule_AddFunctions(m.ptr(), small_functions) < 0) throw py::error_already_set();
   m.def("set_cpu_capability", &pygen::set_capability, py::arg("level"));

@@ -1,40 +1,49 @@
-// The road that skips torch's dispatcher: small plain CPU tensors, taken from Python and given back by the C API of
-// CPython alone. On a 4 x 4 tensor the way through the dispatcher takes several times as long as the arithmetic.
-// pygen/ops/_operator.py tries this road first; csrc/<op>.cpp has an op's part of it, module.cpp binds that.
+// The road past torch's dispatcher for small plain CPU tensors: from Python's tensor to the op's own function and back.
+// On a 4 x 4 tensor the dispatcher and what surrounds it take several times as long as the arithmetic.
+// pygen/ops/_operator.py tries this road first; an op's part of it is a few lines in csrc/<op>.cpp; module.cpp binds that.
 #pragma once
 
 #include <Python.h>
 
-#include <cstdint>
+#include <exception>
+#include <optional>
+
+#include "tensor.h"
 
 namespace pygen {
 
-// The most elements that take cumax's road, all of them one row at worst.
-constexpr int64_t kCumaxSmall = 256;
+// The most elements of a small tensor: some microseconds of work on one thread, during which Python's lock is kept.
+constexpr int64_t kSmall = 4096;
 
-enum class SmallType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// A contiguous tensor, as much of it as a kernel of rows wants to know.
-struct SmallTensor {
-  const void* data;
-  int64_t rank, elements;  // neither is 0
-  int64_t length;          // of the last dimension
-  SmallType type;
-};
-
-// Looks up in torch, once, everything that the functions below ask for. The road stays closed in a torch that lacks any
-// of it: every question is then answered "no".
+// Looks up in torch, once, everything that the functions below ask for. In a torch that lacks any of it, or where it works
+// otherwise, the road stays closed: no tensor is plain then.
 void open_small_road();
 
-// Whether x is a torch.Tensor itself, of 1 to `limit` elements in contiguous CPU memory, of one of the SmallTypes, that
-// needs no gradient, while nobody (a mode, a transformation, a profiler) asks to hear of what is computed. Leaves no
-// Python exception behind: whatever is odd about x, the dispatcher's road says it better.
-bool plain_small_cpu_tensor(PyObject* x, int64_t limit, SmallTensor& found);
+// The tensor behind x, if x is small and plain: a torch.Tensor itself, in CPU memory, floating point, that needs no
+// gradient, while nobody (a mode, a transformation, a profiler) is to hear of what is computed. Any strides.
+// Leaves no Python exception behind: whatever is odd about x, the dispatcher's road says it better.
+std::optional<Tensor> small_plain_tensor(PyObject* x);
 
-// A new tensor like x, which is plain, and its memory; nullptr and a Python exception if there is none to be had.
-PyObject* new_plain_like(PyObject* x, void*& data);
+// y as a torch.Tensor; nullptr and a Python exception if that fails.
+PyObject* to_python(const Tensor& y);
 
-// (x: Tensor, dim: int, complement: bool) -> cumax, or None for whatever is not plain and small. METH_FASTCALL.
+std::optional<int64_t> plain_int(PyObject* value);
+std::optional<bool> plain_bool(PyObject* value);
+
+// What `run` returns: a tensor, or nothing for "take the dispatcher's road", which is None in Python. So is an error: the
+// dispatcher's road will meet it again.
+template <typename Run>
+PyObject* on_small_road(Run run) {
+  std::optional<Tensor> y;
+  try {
+    y = run();
+  } catch (const std::exception&) {
+  }
+  if (y) return to_python(*y);
+  Py_RETURN_NONE;
+}
+
+// METH_FASTCALL functions that take the operator's arguments.
 PyObject* cumax_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace pygen

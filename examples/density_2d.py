@@ -1,4 +1,4 @@
-"""RealNVP on two interleaved half circles: trains for a few seconds, draws data, learned density and samples.
+"""RealNVP on two interleaved half circles: trains, then draws data, learned density and samples.
 
     python examples/density_2d.py --out density_2d.png
 
@@ -55,20 +55,20 @@ def density(model: models.RealNVP, side: int) -> Tensor:
 
 
 def draw(data: np.ndarray, p: Tensor, samples: np.ndarray, path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     corners = (-EXTENT, EXTENT, -EXTENT, EXTENT)
     axes[0].scatter(*data.T, s=2, color="#22303c")
     axes[1].imshow(p.numpy(), origin="lower", extent=corners, cmap="viridis", interpolation="bilinear")
     axes[2].scatter(*samples.T, s=2, color="#0b7a75")
     for axis, title in zip(axes, ("data", "learned density", "samples of the model"), strict=True):
         axis.set(title=title, xlim=corners[:2], ylim=corners[2:], xticks=[], yticks=[], aspect="equal")
-    figure.savefig(path, dpi=120, facecolor="white")
+    figure.savefig(path, dpi=120, facecolor="white", bbox_inches="tight")
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("density_2d.png"))
@@ -76,7 +76,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    model = models.RealNVP((2,), depth=10, hidden=(64, 64))
+    model = models.RealNVP((2,), depth=8, hidden=(64, 64))
     train(model, options.steps, options.batch, rng)
 
     model.eval()
