@@ -21,7 +21,7 @@ int scale_map_of(const std::string& name) {
   for (int i = 0; i < kScaleMaps; ++i)
     if (name == kScaleMapNames[i]) return i;
   PYGEN_CHECK(false, "affine_coupling: scale_map must be one of exp, tanh, sigmoid, nflows, softplus, atan, got \"",
-                  name, "\"");
+              name, "\"");
   return -1;
 }
 
@@ -40,15 +40,15 @@ int type_of(ScalarType dtype) {
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   PYGEN_CHECK(same_shape(tensor, x), "affine_coupling: ", name, " must have x's shape ", shape_string(x), ", got ",
-                  shape_string(tensor));
+              shape_string(tensor));
   PYGEN_CHECK(tensor.scalar_type() == x.scalar_type(), "affine_coupling: ", name, " must have x's dtype ",
-                  dtype_string(x.scalar_type()), ", got ", dtype_string(tensor.scalar_type()));
+              dtype_string(x.scalar_type()), ", got ", dtype_string(tensor.scalar_type()));
 }
 
 void check(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   PYGEN_CHECK(is_floating(x.scalar_type()),
-                  "affine_coupling: x must be floating point (float64, float32, bfloat16, float16), got ",
-                  dtype_string(x.scalar_type()));
+              "affine_coupling: x must be floating point (float64, float32, bfloat16, float16), got ",
+              dtype_string(x.scalar_type()));
   PYGEN_CHECK(x.dim() >= 1, "affine_coupling: x must have a batch dimension, (B, ...), got a tensor of shape ()");
   check_like("scale", scale, x);
   check_like("shift", shift, x);
@@ -120,8 +120,7 @@ void add_parts(const double* partial, int64_t parts, int64_t samples, T* log_det
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                           const std::string& scale_map, bool shift_first, double clamp,
-                                           bool inverse) {
+                                           const std::string& scale_map, bool shift_first, double clamp, bool inverse) {
   check(x, scale, shift);
   const int map = scale_map_of(scale_map), type = type_of(x.scalar_type());
   const int64_t samples = x.size(0);
@@ -155,10 +154,10 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(const std::optional<Tensor>&
   }
   if (grad_log_det) {
     PYGEN_CHECK(grad_log_det->dim() == 1 && grad_log_det->size(0) == x.size(0) &&
-                        grad_log_det->scalar_type() == compute_dtype(x.scalar_type()),
-                    "affine_coupling: the incoming gradient of log_det must be (", x.size(0), ",) of ",
-                    dtype_string(compute_dtype(x.scalar_type())), ", got ", shape_string(*grad_log_det), " of ",
-                    dtype_string(grad_log_det->scalar_type()));
+                    grad_log_det->scalar_type() == compute_dtype(x.scalar_type()),
+                "affine_coupling: the incoming gradient of log_det must be (", x.size(0), ",) of ",
+                dtype_string(compute_dtype(x.scalar_type())), ", got ", shape_string(*grad_log_det), " of ",
+                dtype_string(grad_log_det->scalar_type()));
     operands.task.grad_log_det = grad_log_det->const_data_ptr();
     operands.task.grad_log_det_stride = grad_log_det->stride(0);
   }

@@ -37,9 +37,7 @@ Capability capability() { return current().load(std::memory_order_relaxed); }
 
 std::string capability_name(Capability level) { return kNames[static_cast<int>(level)]; }
 
-std::vector<std::string> capability_names() {
-  return {kNames, kNames + static_cast<int>(best_capability()) + 1};
-}
+std::vector<std::string> capability_names() { return {kNames, kNames + static_cast<int>(best_capability()) + 1}; }
 
 void set_capability(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(best_capability()); ++i) {

@@ -53,7 +53,9 @@ class Scratch {
   std::unique_ptr<char[]> memory_;
 };
 
-bool is_16_bit(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half; }
+bool is_16_bit(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
+}
 
 Tensor over_rows(RowKernel kernel, const Tensor* grad, const Tensor& x, int64_t dim, bool complement) {
   Tensor out = empty_contiguous_like(x);
@@ -98,9 +100,9 @@ Tensor cumax(const Tensor& x, int64_t dim, bool complement) {
 Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool complement) {
   const auto type = static_cast<int>(type_of(x));
   PYGEN_CHECK(same_shape(grad, x), "cumax: the incoming gradient must have x's shape ", shape_string(x), ", got ",
-                  shape_string(grad));
+              shape_string(grad));
   PYGEN_CHECK(grad.scalar_type() == x.scalar_type(), "cumax: the incoming gradient must have x's dtype ",
-                  dtype_string(x.scalar_type()), ", got ", dtype_string(grad.scalar_type()));
+              dtype_string(x.scalar_type()), ", got ", dtype_string(grad.scalar_type()));
   return over_rows(PYGEN_KERNELS(cumax_kernels).backward[type], &grad, x, checked_dim(x, dim), complement);
 }
 

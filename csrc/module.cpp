@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-
 #include "build_config.h"
 #include "capability.h"
 #include "small.h"
@@ -41,7 +40,9 @@ PYBIND11_MODULE(_C, m) {
       "The level that the CPU kernels run at.");
   m.def("cpu_capabilities", &pygen::capability_names, "The levels to be had on this machine, lowest first.");
   m.attr("SMALL") = pygen::kSmall;
-  pygen::open_small_road();
+  pygen::prepare_small_road();
+  m.def("open_small_road", &pygen::open_small_road, py::arg("open"),
+        "Opens or closes it; returns whether it was open.");
   if (PyModule_AddFunctions(m.ptr(), small_functions) < 0) throw py::error_already_set();
   m.def("set_cpu_capability", &pygen::set_capability, py::arg("level"));
 }

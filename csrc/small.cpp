@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -16,13 +17,14 @@ namespace {
 struct Questions {
   PyTypeObject* tensor;
   PyObject *requires_grad, *is_neg, *grad_enabled;
-  PyObject *forward_ad, *level;
-  PyObject* watchers[6];  // functions; each says 0 or False where nobody watches
+  PyObject *forward_ad, *level;  // a module's dictionary and a name in it
+  PyObject* watchers[6];         // functions; each says 0 or False where nobody watches
   PyObject* zero;
   PyObject *to_handle, *from_handle;
 };
 
-const Questions* ask = nullptr;  // null while the road is closed
+const Questions* ask = nullptr;  // null in a torch that cannot answer them
+bool is_open = true;
 
 py::object owned(PyObject* result) { return py::reinterpret_steal<py::object>(result); }
 py::object call(PyObject* function) { return owned(PyObject_CallNoArgs(function)); }
@@ -42,7 +44,7 @@ Questions look_up_all() {
   if (!Py_TYPE(all.requires_grad)->tp_descr_get) throw py::type_error("torch.Tensor.requires_grad");
   all.is_neg = look_up({"Tensor", "is_neg"});
   all.grad_enabled = look_up({"is_grad_enabled"});
-  all.forward_ad = look_up({"autograd", "forward_ad"});
+  all.forward_ad = look_up({"autograd", "forward_ad", "__dict__"});
   all.level = py::str("_current_level").release().ptr();
   all.watchers[0] = look_up({"_C", "_is_any_autocast_enabled"});
   all.watchers[1] = look_up({"_C", "_are_functorch_transforms_active"});
@@ -79,14 +81,14 @@ bool handles_work(const Questions& torch) {
   return same.is(x) && frees_the_handle.numel() == 1;
 }
 
-// Other true and false objects than Python's own, and exceptions, are a "no" to both.
+// Other true and false objects than Python's own, and exceptions, are neither.
 bool is_no(const py::object& answer) { return answer.ptr() == Py_False || answer.ptr() == ask->zero; }
 
 bool nobody_watches() {
   for (PyObject* watcher : ask->watchers)
     if (!is_no(call(watcher))) return false;
-  const py::object level = owned(PyObject_GetAttr(ask->forward_ad, ask->level));
-  return level && PyLong_AsLong(level.ptr()) < 0 && !PyErr_Occurred();
+  PyObject* const level = PyDict_GetItemWithError(ask->forward_ad, ask->level);
+  return level && PyLong_AsLong(level) < 0 && !PyErr_Occurred();
 }
 
 bool needs_gradient(PyObject* x) {
@@ -95,25 +97,29 @@ bool needs_gradient(PyObject* x) {
   return !is_no(answer) && !is_no(call(ask->grad_enabled));
 }
 
-// Has elements, and memory that holds them: not so what is sparse, opaque, known to be zero, or wraps another tensor.
-bool has_memory(const Tensor& x) {
-  return x.is_cpu() && x.layout() == torch::headeronly::Layout::Strided && x.const_data_ptr();
+// Elements in strided CPU memory, and few of them.
+bool is_small(const Tensor& x) {
+  int32_t layout;  // Tensor::layout() takes three times as long as this
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  return layout == aoti_torch_layout_strided() && x.is_cpu() && x.numel() <= kSmall;
 }
 
 std::optional<Tensor> find(PyObject* x) {
-  if (needs_gradient(x) || !nobody_watches()) return {};
+  if (needs_gradient(x)) return {};
   const AtenTensorHandle handle = to_handle(*ask, x);
   if (!handle) return {};
   Tensor found(handle);
-  // Negation is lazy for one that is the imaginary part of a conjugate.
-  if (found.numel() > kSmall || !has_memory(found) || !is_floating(found.scalar_type()) || !is_no(call(ask->is_neg, x)))
-    return {};
+  // Big tensors turn back here, after a quarter of a microsecond.
+  if (!is_small(found) || !nobody_watches()) return {};
+  // The imaginary part of a conjugate is negated only when somebody reads it: not in memory. A tensor of zeros that torch
+  // knows to be zeros has no memory, nor has one without elements.
+  if (!is_no(call(ask->is_neg, x)) || !found.const_data_ptr()) return {};
   return found;
 }
 
 }  // namespace
 
-void open_small_road() {
+void prepare_small_road() {
   try {
     static const Questions all = look_up_all();
     if (handles_work(all)) ask = &all;
@@ -121,9 +127,11 @@ void open_small_road() {
   }
 }
 
+bool open_small_road(bool open) { return std::exchange(is_open, open); }
+
 std::optional<Tensor> small_plain_tensor(PyObject* x) {
   // A subclass may mean anything by itself.
-  if (!ask || Py_TYPE(x) != ask->tensor) return {};
+  if (!ask || !is_open || Py_TYPE(x) != ask->tensor) return {};
   try {
     auto found = find(x);
     if (!found) PyErr_Clear();

@@ -17,9 +17,12 @@ constexpr int64_t kSmall = 4096;
 
 // Looks up in torch, once, everything that the functions below ask for. In a torch that lacks any of it, or where it works
 // otherwise, the road stays closed: no tensor is plain then.
-void open_small_road();
+void prepare_small_road();
 
-// The tensor behind x, if x is small and plain: a torch.Tensor itself, in CPU memory, floating point, that needs no
+// Opens or closes the road; returns whether it was open.
+bool open_small_road(bool open);
+
+// The tensor behind x, if x is small and plain: a torch.Tensor itself, strided, in CPU memory, that needs no
 // gradient, while nobody (a mode, a transformation, a profiler) is to hear of what is computed. Any strides.
 // Leaves no Python exception behind: whatever is odd about x, the dispatcher's road says it better.
 std::optional<Tensor> small_plain_tensor(PyObject* x);

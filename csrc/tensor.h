@@ -14,8 +14,8 @@
 #include <string>
 
 // STD_TORCH_CHECK without the source's path in the sentence: the user reads what was expected and what came.
-#define PYGEN_CHECK(condition, ...)                                                                     \
-  do {                                                                                                  \
+#define PYGEN_CHECK(condition, ...)                                                                                 \
+  do {                                                                                                              \
     if (!(condition)) throw std::runtime_error(::torch::headeronly::detail::stdTorchCheckMsgImpl("", __VA_ARGS__)); \
   } while (false)
 

@@ -19,7 +19,7 @@ from pygen import models
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no window)
 
-EXTENT = 3.0  # the pictures show [-EXTENT, EXTENT]^2
+EXTENT = 2.7  # the pictures show [-EXTENT, EXTENT]^2
 
 
 def two_moons(n: int, rng: np.random.Generator, noise: float = 0.08) -> np.ndarray:
@@ -68,7 +68,7 @@ def draw(data: np.ndarray, p: Tensor, samples: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("density_2d.png"))
@@ -76,7 +76,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    model = models.RealNVP((2,), depth=8, hidden=(64, 64))
+    model = models.RealNVP((2,), depth=10, hidden=(64, 64))
     train(model, options.steps, options.batch, rng)
 
     model.eval()

@@ -147,7 +147,9 @@ def wheel(tmp_path_factory):
     """A wheel of a copy of the tree, without the kernels: what is packed does not depend on them."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "tree"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "__pycache__", "*.egg-info", "demo", "runs")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.so", "__pycache__", "*.egg-info", "demo", "runs"
+    )
     shutil.copytree(ROOT, copy, ignore=ignored)
     environment = {**os.environ, "PYGEN_SKIP_KERNELS": "1"}
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(copy)]

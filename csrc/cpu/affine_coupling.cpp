@@ -257,12 +257,11 @@ void backward(const CouplingTask& task, int64_t begin, int64_t end) {
 
 // ---- the table -------------------------------------------------------------------------------------------------------
 
-#define PYGEN_MAPS(direction, type)                                                                              \
+#define PYGEN_MAPS(direction, type)                                                                               \
   {direction<type, ScaleMap::kExp>,    direction<type, ScaleMap::kTanh>,     direction<type, ScaleMap::kSigmoid>, \
    direction<type, ScaleMap::kNflows>, direction<type, ScaleMap::kSoftplus>, direction<type, ScaleMap::kAtan>}
-#define PYGEN_TYPES(direction)                                                  \
-  {PYGEN_MAPS(direction, float), PYGEN_MAPS(direction, double), PYGEN_MAPS(direction, bf16), \
-   PYGEN_MAPS(direction, f16)}
+#define PYGEN_TYPES(direction) \
+  {PYGEN_MAPS(direction, float), PYGEN_MAPS(direction, double), PYGEN_MAPS(direction, bf16), PYGEN_MAPS(direction, f16)}
 
 extern const CouplingKernels coupling_kernels = {PYGEN_TYPES(forward), PYGEN_TYPES(backward)};
 

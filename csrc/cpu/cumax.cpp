@@ -28,7 +28,9 @@ PYGEN_INLINE f64v suffix_sum(f64v v) {
 }
 PYGEN_INLINE f64v first_lane(f64v v) { return __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0); }
 PYGEN_INLINE f64v last_lane(f64v v) { return __builtin_shufflevector(v, v, 7, 7, 7, 7, 7, 7, 7, 7); }
-PYGEN_INLINE f64v shift_front(f64v v, f64v fill) { return __builtin_shufflevector(fill, v, 0, 8, 9, 10, 11, 12, 13, 14); }
+PYGEN_INLINE f64v shift_front(f64v v, f64v fill) {
+  return __builtin_shufflevector(fill, v, 0, 8, 9, 10, 11, 12, 13, 14);
+}
 PYGEN_INLINE f64v shift_back(f64v v, f64v fill) { return __builtin_shufflevector(v, fill, 1, 2, 3, 4, 5, 6, 7, 8); }
 #elif PYGEN_VECTOR_BYTES == 32
 PYGEN_INLINE f64v prefix_sum(f64v v) {
@@ -161,8 +163,7 @@ PYGEN_INLINE T row_maximum(const T* x, int64_t n) {
     third = at_least(load(x + i + 2 * lanes), third);
     fourth = at_least(load(x + i + 3 * lanes), fourth);
   }
-  for (; i < n; i += lanes)
-    first = at_least(i + lanes <= n ? load(x + i) : load_some(x + i, n - i, lowest), first);
+  for (; i < n; i += lanes) first = at_least(i + lanes <= n ? load(x + i) : load_some(x + i, n - i, lowest), first);
   return maximum_of_lanes(at_least(at_least(first, second), at_least(third, fourth)));
 }
 

@@ -140,8 +140,7 @@ PYGEN_INLINE f64v log(f64v x) {
   const i64v bits = (i64v)normal + (0x3ff0000000000000 - 0x3fe6a09e667f3bcd);
   typedef uint64_t u64v __attribute__((vector_size(PYGEN_VECTOR_BYTES)));
   const i64v biased = (i64v)((u64v)bits >> 52);
-  const f64v exponent =
-      ((f64v)(biased | 0x4330000000000000) - (0x1p52 + 1023)) - (tiny ? splat(54.) : splat(0.));
+  const f64v exponent = ((f64v)(biased | 0x4330000000000000) - (0x1p52 + 1023)) - (tiny ? splat(54.) : splat(0.));
   const f64v f = (f64v)((bits & 0x000fffffffffffff) + 0x3fe6a09e667f3bcd) - 1.0;
   const f64v s = f / (2.0 + f);
   const f64v z = s * s;

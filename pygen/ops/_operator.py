@@ -39,7 +39,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 
 # Keeps the registrations alive, and is the one handle through which Python adds kernels.
-library = torch.library.Library("pygen", "IMPL") if _native.C is not None else None
+library: Any = torch.library.Library("pygen", "IMPL") if _native.C is not None else None
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Rules:
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
     vmap: Callable[..., Any]
-    # Takes what the operator takes and returns the result, or None unless it is small, plain and unwatched (csrc/small.h).
-    small: Callable[..., Any] | None = None
 
 
 # Every registered operator, for pygen.backends.
@@ -73,7 +71,7 @@ def triton_kernel(name: str, rules: Rules) -> Callable[..., Any]:
 
 def _gpu_without_triton(name: str, rules: Rules) -> Callable[..., Any]:
     """The reference, and once a word about it: on a GPU it is many launches instead of one."""
-    warned = []
+    warned: list[bool] = []
     compute = reference_kernel(rules)
 
     def launch(*args):
@@ -141,15 +139,19 @@ def _function(name: str, op: Callable[..., Any], rules: Rules) -> type[torch.aut
 @contextlib.contextmanager
 def small_road_closed() -> Iterator[None]:
     """Let every call go through the dispatcher, where kernels can be exchanged."""
-    global small_road_open
-    small_road_open = False
+    was_open = _native.C.open_small_road(False)
     try:
         yield
     finally:
-        small_road_open = True
+        _native.C.open_small_road(was_open)
 
 
-small_road_open = True
+def small_road(name: str) -> Callable[..., Any]:
+    """The C function that takes the operator's arguments and returns its result, or None for "another road".
+
+    It asks all that `operator`'s function asks, in a fifth of the time (csrc/small.h). Dynamo must not see it.
+    """
+    return getattr(_native.C, f"{name}_small") if _native.C is not None else lambda *args: None
 
 
 def operator(name: str, rules: Rules) -> Callable[..., Any]:
@@ -159,18 +161,11 @@ def operator(name: str, rules: Rules) -> Callable[..., Any]:
     _register(name, rules)
     op = getattr(torch.ops.pygen, name).default
     function = _function(name, op, rules)
-    count, small = rules.tensors, rules.small
+    count = rules.tensors
 
     # One function, everything inline: a Python call more is a tenth of a small kernel's time.
     def call(*args):
-        if _is_compiling():
-            return op(*args)
-        # First, and with all its questions asked in C: they take a third of the time that they take here.
-        if small is not None:
-            result = small(*args)
-            if result is not None:
-                return result
-        if _autocast_enabled():
+        if _is_compiling() or _autocast_enabled():
             return op(*args)
         if _functorch_active() or forward_ad._current_level >= 0:
             return function.apply(*args)

@@ -1,5 +1,8 @@
 """Affine and additive coupling. Kernels: csrc/affine_coupling.cpp (CPU), triton_kernels/affine_coupling.py (GPU)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,7 +70,7 @@ def _vmapped(op, tensors: int):
 
 _second_setup, _second_backward = derivative_through_reference(reference.affine_coupling_backward)
 
-_affine_coupling_backward = operator(
+_affine_coupling_backward: Callable[..., Any] = operator(
     "affine_coupling_backward",
     Rules(
         "affine_coupling",
@@ -79,9 +82,11 @@ _affine_coupling_backward = operator(
         _vmapped(lambda: _affine_coupling_backward, 5),
     ),
 )
-_affine_coupling = operator(
+_affine_coupling: Callable[..., Any] = operator(
     "affine_coupling",
-    Rules("affine_coupling", 3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)),
+    Rules(
+        "affine_coupling", 3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)
+    ),
 )
 
 
@@ -103,8 +108,7 @@ def _expand(op: str, name: str, tensor: Tensor, x: Tensor) -> Tensor:
         return tensor.expand_as(x)
     except RuntimeError:
         raise ValueError(
-            f"{op}: {name} must have x's shape or broadcast to it, "
-            f"got {tuple(tensor.shape)} for x {tuple(x.shape)}"
+            f"{op}: {name} must have x's shape or broadcast to it, got {tuple(tensor.shape)} for x {tuple(x.shape)}"
         ) from None
 
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen._native import C as _C
-from pygen.ops._operator import Rules, derivative_through_reference, operator
+from pygen.ops._operator import Rules, derivative_through_reference, operator, small_road
 
 
 def _like(x, *_):
@@ -58,9 +57,9 @@ _cumax_backward = operator(
     "cumax_backward",
     Rules("cumax", 2, reference.cumax_backward, _fake_backward, _second_setup, _second_backward, _vmap_backward),
 )
-_cumax = operator(
-    "cumax", Rules("cumax", 1, reference.cumax, _like, _save, _backward, _vmap, small=_C.cumax_small if _C else None)
-)
+_cumax = operator("cumax", Rules("cumax", 1, reference.cumax, _like, _save, _backward, _vmap))
+_small = small_road("cumax")
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def cumax(x: Tensor, dim: int = -1, *, complement: bool = False) -> Tensor:
@@ -98,4 +97,5 @@ def cumax(x: Tensor, dim: int = -1, *, complement: bool = False) -> Tensor:
     Source: Shen, Tan, Sordoni, Courville, "Ordered Neurons: Integrating Tree Structures into Recurrent Neural
     Networks", ICLR 2019, section 4.1.
     """
-    return _cumax(x, dim, complement)
+    y = None if _is_compiling() else _small(x, dim, complement)
+    return _cumax(x, dim, complement) if y is None else y

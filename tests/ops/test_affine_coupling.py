@@ -55,7 +55,9 @@ def test_scale_and_log_scale_are_accurate_to_a_few_roundings(level, scale_map, d
         for value, s, log_s in zip(a.tolist(), y.tolist(), log_det.tolist(), strict=True):
             true_s, true_log = exact(scale_map, value)
             assert abs(s - true_s) <= 4 * eps * true_s, (value, s)
-            assert abs(log_s - true_log) <= 4 * eps * max(abs(true_log), 1 if scale_map in ("nflows", "softplus") else 0)
+            assert abs(log_s - true_log) <= 4 * eps * max(
+                abs(true_log), 1 if scale_map in ("nflows", "softplus") else 0
+            )
 
 
 @on_each_level

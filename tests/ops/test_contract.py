@@ -11,8 +11,10 @@ named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 named_few = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.name)
 typed = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
-# The interpreter runs a program at a time in Python: the same cases, without the sizes that only threads care about.
-LARGEST = 2000 if INTERPRETED else 10**9
+# Triton's interpreter runs a program at a time in Python, a thousand times slower than a kernel: there every case is
+# checked for its values and gradients, without the sizes that only threads care about, and a few cases for the rest.
+LARGEST = 400 if INTERPRETED else 10**9
+named_most = named_few if INTERPRETED else named
 
 
 def shapes_of(case):
@@ -89,7 +91,7 @@ def test_gradients_are_those_of_the_float64_formula(case, dtype, backend, backen
             assert_close(got, want, 2 * tolerance_of(case, got, backend), f"{shape}")
 
 
-@named
+@named_most
 def test_an_output_that_nobody_uses_costs_no_gradient(case, backend_device):
     tensors = case.inputs((3, 20), torch.float64, backend_device)
     for used in range(len(case.outputs(tensors))):
@@ -108,11 +110,13 @@ LAYOUTS = {
     "permuted": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "sliced": lambda x: torch.stack((x, x + 1), -1).flatten(-2)[..., ::2],
     "offset": lambda x: torch.cat((x + 1, x), 0)[len(x) :],
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.mT.contiguous().mT,
+    "channels_last": lambda x: (
+        x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.mT.contiguous().mT
+    ),
 }
 
 
-@named
+@named_most
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_strides_of_the_inputs_do_not_change_a_bit(case, layout, dtype, backend, backend_device):
@@ -128,7 +132,7 @@ def test_strides_of_the_inputs_do_not_change_a_bit(case, layout, dtype, backend,
         assert all(torch.equal(x, copy) for x, copy in zip(strided, copies, strict=True)), "an input was modified"
 
 
-@named
+@named_most
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_incoming_gradients_do_not_change_a_bit(case, layout, backend, backend_device):
     tensors = case.inputs((4, 6, 5), torch.float32, backend_device)
@@ -138,7 +142,7 @@ def test_strides_of_incoming_gradients_do_not_change_a_bit(case, layout, backend
         assert_same(got, want, backend)
 
 
-@named
+@named_most
 def test_expanded_inputs_and_gradients_equal_their_copies(case, backend, backend_device):
     tensors = [x[:1].expand(4, 6, 5) for x in case.inputs((1, 6, 5), torch.float32, backend_device)]
     copies = [x.contiguous() for x in tensors]
@@ -150,7 +154,7 @@ def test_expanded_inputs_and_gradients_equal_their_copies(case, backend, backend
         assert_same(got, want, backend)
 
 
-@named
+@named_most
 @typed
 def test_empty_tensors_give_empty_results(case, dtype, backend_device):
     for shape in case.empty_shapes:
@@ -181,7 +185,7 @@ def test_results_are_the_same_bits_at_one_and_two_threads_and_again(case, backen
 # ---- torch's transformations -----------------------------------------------------------------------------------------
 
 
-@named
+@named_most
 def test_gradcheck_and_gradgradcheck(case, backend_device):
     tensors = [x.requires_grad_() for x in case.inputs((2, 5), torch.float64, backend_device)]
     fast = len(CASES) > 8
