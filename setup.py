@@ -29,6 +29,8 @@ COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 # -Wpsabi: vectors wider than the baseline's are passed between functions that are all inlined.
 # -Wuninitialized: GCC 12's own AVX-512 headers read a variable that they deliberately leave unset.
 KERNEL_FLAGS = ["-O3", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# GCC schedules before it assigns registers only when told to; without it unrolled chains run one after the other.
+GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
 X86_LEVELS = {
     "default": [],
     "avx2": ["-DPYGEN_LEVEL_AVX2", "-mavx2", "-mfma", "-mf16c"],
@@ -145,12 +147,13 @@ class Plan:
         return sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if self.nvcc else []
 
     def add_objects(self) -> None:
+        kernel_flags = KERNEL_FLAGS + ([] if "clang" in compiler_version(self.compiler) else GCC_SCHEDULING)
         x86 = ["-DPYGEN_X86_LEVELS"] if len(self.levels) > 1 else []
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             self.objects.append(("cxx", source, f"{source.stem}.o", ["-O2", *x86]))
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for level, flags in self.levels.items():
-                self.objects.append(("cxx", source, f"cpu_{source.stem}.{level}.o", [*KERNEL_FLAGS, *x86, *flags]))
+                self.objects.append(("cxx", source, f"cpu_{source.stem}.{level}.o", [*kernel_flags, *x86, *flags]))
         for source in self.cuda_sources:
             self.objects.append(("nvcc", source, f"cuda_{source.stem}.o", cuda_archs()))
 
@@ -195,8 +198,8 @@ class Plan:
             "  deps = gcc",
             "  description = $in ($level)",
             "rule nvcc",
-            f"  command = {self.nvcc} -std=c++17 -O3 --fmad=false -DUSE_CUDA -DTORCH_TARGET_VERSION={STABLE_ABI_TARGET} "
-            f"{host_flags} {includes.replace('-isystem', '-I')} $flags -MD -MF $out.d -c $in -o $out",
+            f"  command = {self.nvcc} -std=c++17 -O3 --fmad=false -DUSE_CUDA "
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET} {host_flags} {includes.replace('-isystem', '-I')} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  description = $in",
             "rule link",

@@ -4,36 +4,13 @@ Three sessions cover all kernels. The plain one runs the reference and every CPU
 TRITON_INTERPRET=1 the same tests run the Triton kernels on CPU tensors; where torch sees a GPU they run there as well.
 """
 
-import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from pygen import backends
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def available_backends() -> list[str]:
-    if INTERPRETED:
-        return ["triton"]
-    levels = [f"cpu-{level}" for level in backends.cpu_capabilities()]
-    return ["reference", *levels, *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@contextlib.contextmanager
-def running_on(backend: str):
-    """Compute on `backend`; yields the device that tensors belong on."""
-    if backend == "cuda":
-        yield torch.device("cuda")
-    elif backend in ("reference", "triton"):
-        with backends.use_kernels(backend):
-            yield torch.device("cpu")
-    else:
-        with backends.cpu_capability(backend.removeprefix("cpu-")):
-            yield torch.device("cpu")
+from harness import available_backends, running_on
 
 
 @pytest.fixture(params=available_backends())

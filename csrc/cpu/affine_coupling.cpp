@@ -84,6 +84,7 @@ PYGEN_INLINE bool lies_ready(const CouplingOperand& operand, const Span& span) {
 template <typename In>
 void gather_sample(const CouplingOperand& operand, const In* data, int64_t start, int64_t n, compute_t<In>* out) {
   const int inner = operand.dims - 1;
+  if (inner == 0) return gather(data + start * operand.stride[0], operand.stride[0], n, out);
   int64_t done = 0;
   while (done < n) {
     int64_t rest = start + done, offset = 0;
@@ -127,44 +128,82 @@ PYGEN_INLINE void write(T* p, int64_t i, int64_t n, typename VecOf<T>::vec v) {
 
 // ---- chunks ----------------------------------------------------------------------------------------------------------
 
-template <ScaleMap map, typename T>
-void forward_chunk(const T* x, const T* scale, const T* shift, T* y, T* log_s, int64_t n, const CouplingTask& task) {
-  const T clamp = static_cast<T>(task.clamp);
-  const bool shift_first = task.shift_first, inverse = task.inverse;
-  for (int64_t i = 0; i < n; i += VecOf<T>::lanes) {
-    const auto scaling = scale_of<map>(read(scale, i, n), clamp);
-    const auto v = read(x, i, n), t = read(shift, i, n), s = scaling.s;
-    write(log_s, i, n, scaling.log_s);
-    if (inverse) {
-      write(y, i, n, shift_first ? v / s - t : (v - t) / s);
-    } else {
-      write(y, i, n, shift_first ? (v + t) * s : v * s + t);
+template <bool shift_first, bool inverse, typename V>
+PYGEN_INLINE V transformed(V x, V s, V t) {
+  if constexpr (inverse) return shift_first ? x / s - t : (x - t) / s;
+  return shift_first ? (x + t) * s : x * s + t;
+}
+
+template <ScaleMap map, bool shift_first, bool inverse, typename T>
+void forward_mode(const T* __restrict x, const T* __restrict scale, const T* __restrict shift, T* __restrict y,
+                  T* __restrict log_s, int64_t n, T clamp) {
+  constexpr int lanes = VecOf<T>::lanes;
+  int64_t i = 0;
+  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) {
+      const int64_t at = i + k * lanes;
+      const auto scaling = scale_of<map>(load(scale + at), clamp);
+      store(log_s + at, scaling.log_s);
+      store(y + at, transformed<shift_first, inverse>(load(x + at), scaling.s, load(shift + at)));
     }
+  }
+  for (; i < n; i += lanes) {
+    const auto scaling = scale_of<map>(read(scale, i, n), clamp);
+    write(log_s, i, n, scaling.log_s);
+    write(y, i, n, transformed<shift_first, inverse>(read(x, i, n), scaling.s, read(shift, i, n)));
   }
 }
 
 // forward: dx = g s, da = (g s w + l) d log s; inverse: dx = g / s, da = -(g w / s + l) d log s; w is what s multiplies,
 // l the gradient of the log-determinant.
+template <ScaleMap map, bool shift_first, bool inverse, typename T>
+void backward_mode(const T* __restrict g, const T* __restrict l, const T* __restrict x, const T* __restrict scale,
+                   const T* __restrict shift, T* __restrict dx, T* __restrict da, int64_t n, T clamp) {
+  constexpr int lanes = VecOf<T>::lanes;
+  constexpr bool needs_shift = shift_first != inverse;
+  const auto one = [=](auto scaling, auto g, auto l, auto x, auto t, auto& dx, auto& da)
+                       __attribute__((always_inline)) {
+                         const auto w = needs_shift ? (inverse ? x - t : x + t) : x;
+                         dx = inverse ? g / scaling.s : g * scaling.s;
+                         da = (inverse ? -(dx * w + l) : dx * w + l) * scaling.slope;
+                       };
+  int64_t i = 0;
+  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) {
+      const int64_t at = i + k * lanes;
+      typename VecOf<T>::vec dx_at, da_at;
+      one(scale_and_slope_of<map>(load(scale + at), clamp), load(g + at), load(l + at), load(x + at),
+          needs_shift ? load(shift + at) : load(x + at), dx_at, da_at);
+      store(dx + at, dx_at);
+      store(da + at, da_at);
+    }
+  }
+  for (; i < n; i += lanes) {
+    typename VecOf<T>::vec dx_at, da_at;
+    one(scale_and_slope_of<map>(read(scale, i, n), clamp), read(g, i, n), read(l, i, n), read(x, i, n),
+        needs_shift ? read(shift, i, n) : read(x, i, n), dx_at, da_at);
+    write(dx, i, n, dx_at);
+    write(da, i, n, da_at);
+  }
+}
+
+// The mode is a template parameter so that the loops' bodies have no branch; this is where it becomes one.
+#define PYGEN_BY_MODE(task, function, ...)                                                                      \
+  (task).inverse                                                                                                \
+      ? ((task).shift_first ? function<map, true, true>(__VA_ARGS__) : function<map, false, true>(__VA_ARGS__)) \
+      : ((task).shift_first ? function<map, true, false>(__VA_ARGS__) : function<map, false, false>(__VA_ARGS__))
+
+template <ScaleMap map, typename T>
+void forward_chunk(const T* x, const T* scale, const T* shift, T* y, T* log_s, int64_t n, const CouplingTask& task) {
+  PYGEN_BY_MODE(task, forward_mode, x, scale, shift, y, log_s, n, static_cast<T>(task.clamp));
+}
+
 template <ScaleMap map, typename T>
 void backward_chunk(const T* g, const T* l, const T* x, const T* scale, const T* shift, T* dx, T* da, int64_t n,
                     const CouplingTask& task) {
-  const T clamp = static_cast<T>(task.clamp);
-  const bool shift_first = task.shift_first, inverse = task.inverse;
-  for (int64_t i = 0; i < n; i += VecOf<T>::lanes) {
-    const auto scaling = scale_and_slope_of<map>(read(scale, i, n), clamp);
-    auto w = read(x, i, n);
-    if (inverse) {
-      const auto through = read(g, i, n) / scaling.s;
-      if (!shift_first) w -= read(shift, i, n);
-      write(dx, i, n, through);
-      write(da, i, n, -(through * w + read(l, i, n)) * scaling.slope);
-    } else {
-      const auto through = read(g, i, n) * scaling.s;
-      if (shift_first) w += read(shift, i, n);
-      write(dx, i, n, through);
-      write(da, i, n, (through * w + read(l, i, n)) * scaling.slope);
-    }
-  }
+  PYGEN_BY_MODE(task, backward_mode, g, l, x, scale, shift, dx, da, n, static_cast<T>(task.clamp));
 }
 
 template <typename T>

@@ -55,8 +55,8 @@ PYGEN_INLINE f64v shift_back(f64v v, f64v fill) { return __builtin_shufflevector
 #endif
 
 // ---- scans of a row --------------------------------------------------------------------------------------------------
-// `emit(i, sums)` receives the running sums of the doubles that begin at element i. A last, incomplete vector is filled
-// with zeros, which change no sum; emit must not write beyond the row.
+// `emit(i, end, sums)` receives the running sums of the doubles that begin at element i. A last, incomplete vector is
+// filled with zeros, which change no sum; emit must not write at `end` or behind.
 
 template <typename T>
 struct Wide;  // the doubles of one vector of T: two vectors for float, one for double
@@ -81,39 +81,94 @@ PYGEN_INLINE typename VecOf<T>::vec load_at(const T* p, int64_t i, int64_t n) {
   return i + VecOf<T>::lanes <= n ? load(p + i) : i < n ? load_some(p + i, n - i, T(0)) : V{};
 }
 
-// From the front: sum_{j <= k}, or sum_{j < k} if exclusive. The parts of a vector are joined before the carry comes in,
-// so that the chain on which the next vector waits is one addition long.
+// The sums inside one vector of T, its parts joined; total in every lane.
+template <typename T>
+struct InnerSums {
+  f64v part[Wide<T>::parts], total;
+};
+
+template <bool exclusive, typename T>
+PYGEN_INLINE InnerSums<T> inner_prefix_sums(typename VecOf<T>::vec v) {
+  const auto wide = Wide<T>::of(v);
+  InnerSums<T> result;
+  result.total = f64v{};
+  for (int p = 0; p < Wide<T>::parts; ++p) {
+    const f64v sums = p ? result.total + prefix_sum(wide.part[p]) : prefix_sum(wide.part[p]);
+    result.part[p] = exclusive ? shift_front(sums, result.total) : sums;
+    result.total = last_lane(sums);
+  }
+  return result;
+}
+
+template <bool exclusive, typename T>
+PYGEN_INLINE InnerSums<T> inner_suffix_sums(typename VecOf<T>::vec v) {
+  const auto wide = Wide<T>::of(v);
+  InnerSums<T> result;
+  result.total = f64v{};
+  for (int p = Wide<T>::parts - 1; p >= 0; --p) {
+    const f64v sums = p < Wide<T>::parts - 1 ? result.total + suffix_sum(wide.part[p]) : suffix_sum(wide.part[p]);
+    result.part[p] = exclusive ? shift_back(sums, result.total) : sums;
+    result.total = first_lane(sums);
+  }
+  return result;
+}
+
+// Calls emit for the vectors at i, i + direction * lanes, ..., `count` of them. The inner sums of all are taken before the
+// carry comes in: the chain on which the next vector waits is one addition long.
+template <int count, bool exclusive, int direction, typename T, typename Emit>
+PYGEN_INLINE void scan_vectors(const T* values, int64_t i, int64_t n, RunningSum<T>& carry, Emit& emit) {
+  constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
+  InnerSums<T> inner[count];
+#pragma GCC unroll 4
+  for (int k = 0; k < count; ++k) {
+    const auto v = load_at(values, i + direction * k * lanes, n);
+    inner[k] = direction > 0 ? inner_prefix_sums<exclusive, T>(v) : inner_suffix_sums<exclusive, T>(v);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < count; ++k) {
+    for (int q = 0; q < Wide<T>::parts; ++q) {
+      const int p = direction > 0 ? q : Wide<T>::parts - 1 - q;
+      emit(i + direction * k * lanes + p * step, n, carry.plus(inner[k].part[p]));
+    }
+    carry.add(inner[k].total);
+  }
+}
+
+// From the front: sum_{j <= k}, or sum_{j < k} if exclusive.
 template <bool exclusive, typename T, typename Emit>
 PYGEN_INLINE void scan_from_front(const T* values, int64_t n, Emit emit) {
-  constexpr int step = VecOf<double>::lanes;
+  constexpr int lanes = VecOf<T>::lanes;
   RunningSum<T> carry;
-  for (int64_t i = 0; i < n; i += VecOf<T>::lanes) {
-    const auto wide = Wide<T>::of(load_at(values, i, n));
-    f64v total{};
-    for (int part = 0; part < Wide<T>::parts; ++part) {
-      const f64v sums = part ? total + prefix_sum(wide.part[part]) : prefix_sum(wide.part[part]);
-      emit(i + part * step, carry.plus(exclusive ? shift_front(sums, total) : sums));
-      total = last_lane(sums);
-    }
-    carry.add(total);
-  }
+  int64_t i = 0;
+  // The end that full vectors are told is their own: the tests for the row's end vanish from this loop.
+  for (; i + 2 * lanes <= n; i += 2 * lanes) scan_vectors<2, exclusive, 1>(values, i, i + 2 * lanes, carry, emit);
+  for (; i < n; i += lanes) scan_vectors<1, exclusive, 1>(values, i, n, carry, emit);
 }
 
 // From the back: sum_{j >= k}, or sum_{j > k} if exclusive.
 template <bool exclusive, typename T, typename Emit>
 PYGEN_INLINE void scan_from_back(const T* values, int64_t n, Emit emit) {
-  constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
+  constexpr int lanes = VecOf<T>::lanes;
   RunningSum<T> carry;
-  for (int64_t i = (n - 1) / lanes * lanes; i >= 0; i -= lanes) {
-    const auto wide = Wide<T>::of(load_at(values, i, n));
-    f64v total{};
-    for (int part = Wide<T>::parts - 1; part >= 0; --part) {
-      const f64v sums = part < Wide<T>::parts - 1 ? total + suffix_sum(wide.part[part]) : suffix_sum(wide.part[part]);
-      emit(i + part * step, carry.plus(exclusive ? shift_back(sums, total) : sums));
-      total = first_lane(sums);
-    }
-    carry.add(total);
+  int64_t i = (n - 1) / lanes * lanes;
+  for (; i % (2 * lanes) != lanes || i + lanes > n; i -= lanes) {
+    scan_vectors<1, exclusive, -1>(values, i, n, carry, emit);
+    if (i == 0) return;
   }
+  for (; i > 0; i -= 2 * lanes) scan_vectors<2, exclusive, -1>(values, i, i + lanes, carry, emit);
+}
+
+// VecOf<double>::lanes values of a row at i, as doubles; zeros behind the row's end.
+PYGEN_INLINE f64v load_wide(const double* row, int64_t i, int64_t n) { return load_at(row, i, n); }
+
+PYGEN_INLINE f64v load_wide(const float* row, int64_t i, int64_t n) {
+  f32half half = {};
+  if (i + VecOf<double>::lanes <= n) {
+    half = *reinterpret_cast<const f32half_unaligned*>(row + i);
+  } else {
+    for (int k = 0; k < VecOf<double>::lanes && i + k < n; ++k) half[k] = row[i + k];
+  }
+  return to_f64(half);
 }
 
 PYGEN_INLINE void store_wide(double* row, int64_t i, int64_t n, f64v v) {
@@ -131,7 +186,7 @@ PYGEN_INLINE void store_wide(float* row, int64_t i, int64_t n, f64v v) {
   } else if (i < n) {
     float lane[VecOf<double>::lanes];
     memcpy(lane, &half, sizeof half);
-    for (int64_t k = i; k < n; ++k) row[k] = lane[k - i];
+    for (int k = 0; k < VecOf<double>::lanes && i + k < n; ++k) row[i + k] = lane[k];
   }
 }
 
@@ -182,6 +237,16 @@ PYGEN_INLINE double exponentials(const T* x, T* e, int64_t n) {
   const auto floor = splat(maximum - Limits<T>::depth);
   RunningSum<T> sum;
   int64_t i = 0;
+  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+    typename VecOf<T>::vec v[kSideBySide];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) v[k] = exp_shifted(at_least(load(x + i + k * lanes), floor), shift);
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) {
+      store(e + i + k * lanes, v[k]);
+      sum.add(v[k]);
+    }
+  }
   for (; i + lanes <= n; i += lanes) {
     const auto v = exp_shifted(at_least(load(x + i), floor), shift);
     store(e + i, v);
@@ -220,10 +285,10 @@ void forward_row_of(const T* x, T* y, int64_t n) {
   if (sum != sum) return fill_row(y, n, T(__builtin_nan("")));
   const f64v scale = splat(1 / sum);
   Ordered ordered;
-  const auto emit = [&](int64_t i, f64v sums) __attribute__((always_inline)) {
+  const auto emit = [&](int64_t i, int64_t end, f64v sums) __attribute__((always_inline)) {
     f64v quotients = sums * scale;
     if (sizeof(T) == 8) quotients = ordered.template rise<complement>(quotients);
-    store_wide(y, i, n, quotients);
+    store_wide(y, i, end, quotients);
   };
   if (complement) {
     scan_from_back<true>(y, n, emit);
@@ -243,27 +308,24 @@ template <typename T>
 void backward_row(const T* x, const T* grad, T* dx, int64_t n, bool complement, double* sums_of_grad) {
   const double sum = exponentials(x, dx, n);
   if (sum != sum) return fill_row(dx, n, T(__builtin_nan("")));
-  const auto keep = [=](int64_t i, f64v sums) __attribute__((always_inline)) { store_wide(sums_of_grad, i, n, sums); };
+  f64v products{};
+  const auto keep = [&](int64_t i, int64_t end, f64v sums) __attribute__((always_inline)) {
+    store_wide(sums_of_grad, i, end, sums);
+    products += load_wide(dx, i, end) * sums;
+  };
   if (complement) {
     scan_from_front<true>(grad, n, keep);
   } else {
     scan_from_back<false>(grad, n, keep);
   }
-  constexpr int lanes = VecOf<T>::lanes, step = VecOf<double>::lanes;
-  f64v products{};
-  for (int64_t i = 0; i < n; i += lanes) {
-    const auto e = Wide<T>::of(load_at(dx, i, n));
-    for (int part = 0; part < Wide<T>::parts; ++part)
-      products += e.part[part] * load_at(sums_of_grad, i + part * step, n);
-  }
   const f64v scale = splat(1 / sum), mean = splat(sum_of_lanes(products) / sum);
-  for (int64_t i = 0; i < n; i += lanes) {
-    const auto e = Wide<T>::of(load_at(dx, i, n));
-    for (int part = 0; part < Wide<T>::parts; ++part) {
-      const int64_t at = i + part * step;
-      store_wide(dx, at, n, e.part[part] * scale * (load_at(sums_of_grad, at, n) - mean));
-    }
-  }
+  constexpr int step = VecOf<double>::lanes;
+  const auto finish = [=](int64_t i, int64_t end) __attribute__((always_inline)) {
+    store_wide(dx, i, end, load_wide(dx, i, end) * scale * (load_wide(sums_of_grad, i, end) - mean));
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step) finish(i, i + step);
+  if (i < n) finish(i, n);
 }
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------

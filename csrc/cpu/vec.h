@@ -104,6 +104,7 @@ PYGEN_INLINE f32half half_of(f32v v, int which) {
 PYGEN_INLINE f64v low_half(f32v v) { return __builtin_convertvector(half_of(v, 0), f64v); }
 PYGEN_INLINE f64v high_half(f32v v) { return __builtin_convertvector(half_of(v, 1), f64v); }
 PYGEN_INLINE f32half to_f32(f64v v) { return __builtin_convertvector(v, f32half); }
+PYGEN_INLINE f64v to_f64(f32half v) { return __builtin_convertvector(v, f64v); }
 #endif
 
 // What the vector extensions say but GCC 12 compiles into several instructions or through memory. The hardware's minimum
@@ -116,6 +117,7 @@ PYGEN_INLINE f64v at_most(f64v x, f64v bound) { return (f64v)_mm512_min_pd((__m5
 PYGEN_INLINE f64v low_half(f32v v) { return (f64v)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
 PYGEN_INLINE f64v high_half(f32v v) { return (f64v)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
 PYGEN_INLINE f32half to_f32(f64v v) { return (f32half)_mm512_cvtpd_ps((__m512d)v); }
+PYGEN_INLINE f64v to_f64(f32half v) { return (f64v)_mm512_cvtps_pd((__m256)v); }
 
 PYGEN_INLINE f32v load_some(const float* p, int64_t n, float fill) {
   return (f32v)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p);
@@ -137,6 +139,7 @@ PYGEN_INLINE f64v at_most(f64v x, f64v bound) { return (f64v)_mm256_min_pd((__m2
 PYGEN_INLINE f64v low_half(f32v v) { return (f64v)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
 PYGEN_INLINE f64v high_half(f32v v) { return (f64v)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
 PYGEN_INLINE f32half to_f32(f64v v) { return (f32half)_mm256_cvtpd_ps((__m256d)v); }
+PYGEN_INLINE f64v to_f64(f32half v) { return (f64v)_mm256_cvtps_pd((__m128)v); }
 #endif
 
 // In pairs: the chain is log2(lanes) additions long.

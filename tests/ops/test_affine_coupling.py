@@ -6,7 +6,7 @@ import mpmath
 import pytest
 import torch
 
-from conftest import INTERPRETED
+from harness import INTERPRETED
 from ops.cases import true_scale
 from pygen import backends, ops, reference
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import INTERPRETED
+from harness import INTERPRETED
 from ops.cases import CASES, FEW_CASES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import INTERPRETED
+from harness import INTERPRETED
 from pygen import backends, ops
 
 LEVELS = backends.cpu_capabilities()
