@@ -39,7 +39,6 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return pygen::capability_name(pygen::capability()); },
       "The level that the CPU kernels run at.");
   m.def("cpu_capabilities", &pygen::capability_names, "The levels to be had on this machine, lowest first.");
-  m.attr("SMALL") = pygen::kSmall;
   pygen::prepare_small_road();
   m.def("open_small_road", &pygen::open_small_road, py::arg("open"),
         "Opens or closes it; returns whether it was open.");

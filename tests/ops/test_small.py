@@ -234,6 +234,12 @@ def test_what_is_not_plain_does_not_take_it(odd):
     assert not takes_the_road(odd(numbers(4, 4)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tensor_on_the_gpu_does_not_take_it():
+    assert not takes_the_road(numbers(4, 4).cuda())
+
+
 @pytest.mark.parametrize(
     "arguments", [(), (-1,), (-1, 0), (-1.0, False), (2, False), (-3, False), (2**70, False), (True, False)], ids=str
 )
