@@ -112,6 +112,14 @@ def find_nvcc() -> str | None:
     return str(inside) if inside and inside.exists() else shutil.which("nvcc")
 
 
+def cuda_libraries(nvcc: str) -> list[str]:
+    """The static CUDA runtime, from where nvcc itself links: the module then imports where no CUDA is installed."""
+    report = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = [line.partition("LIBRARIES=")[2] for line in report.splitlines() if "LIBRARIES=" in line]
+    folders = [flag for line in found for flag in shlex.split(line) if flag.startswith("-L")]
+    return [*folders, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+
 def cuda_decision(torch) -> tuple[str | None, str]:
     """(nvcc, None) or (None, why the CUDA kernels are left out)."""
     force = os.environ.get("FORCE_CUDA")
@@ -192,7 +200,7 @@ class Plan:
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         compile_flags = shlex.join([*COMMON_FLAGS, *self.sanitizers, f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"])
         includes = " ".join(shlex.quote(f"-isystem{path}") for path in self.includes)
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-lcudart"] if self.cuda_sources else [])]
+        libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(cuda_libraries(self.nvcc) if self.cuda_sources else [])]
         host_flags = "-Xcompiler=-fPIC,-fvisibility=hidden"
         lines = [
             f"cxx_flags = {compile_flags} {includes} -I.",
@@ -209,7 +217,7 @@ class Plan:
             "  description = $in",
             "rule link",
             f"  command = {self.compiler} {shared} {shlex.join(self.sanitizers)} $in "
-            f"-L{shlex.quote(self.library_dir)} {' '.join(libraries)} -o $out",
+            f"-L{shlex.quote(self.library_dir)} {shlex.join(libraries)} -o $out",
         ]
         for rule, source, name, flags in self.objects:
             level = name.removesuffix(".o").rpartition(".")[2] if source.parent.name == "cpu" else "once"

@@ -101,11 +101,12 @@ def test_a_cuda_source_is_planned_for_nvcc_with_every_architecture(build, monkey
     (tmp_path / "csrc" / "cuda" / "probe.cu").write_text("")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "find_nvcc", lambda: "/toolkit/bin/nvcc")
+    monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: ["-L/toolkit/lib", "-lcudart_static"])
     monkeypatch.setenv("FORCE_CUDA", "1")
     plan = build.make_plan()
     rules = plan.ninja(tmp_path / "_C.so")
     assert "build cuda_probe.o: nvcc" in rules
-    assert "sm_80" in rules and "sm_90" in rules and "--fmad=false" in rules and "-lcudart" in rules
+    assert "sm_80" in rules and "sm_90" in rules and "--fmad=false" in rules and "-L/toolkit/lib -lcudart_static" in rules
     assert "1 sources" in plan.summary()
 
 
