@@ -106,7 +106,9 @@ def test_a_cuda_source_is_planned_for_nvcc_with_every_architecture(build, monkey
     plan = build.make_plan()
     rules = plan.ninja(tmp_path / "_C.so")
     assert "build cuda_probe.o: nvcc" in rules
-    assert "sm_80" in rules and "sm_90" in rules and "--fmad=false" in rules and "-L/toolkit/lib -lcudart_static" in rules
+    assert (
+        "sm_80" in rules and "sm_90" in rules and "--fmad=false" in rules and "-L/toolkit/lib -lcudart_static" in rules
+    )
     assert "1 sources" in plan.summary()
 
 
