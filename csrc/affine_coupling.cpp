@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "capability.h"
+#include "merged.h"
 #include "tensor.h"
 
 namespace pygen {
@@ -54,32 +55,17 @@ void check(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   check_like("shift", shift, x);
 }
 
-// The sample's dimensions, merged where one's stride continues the next one's. More than kMaxOperandDims irregular ones
-// are made contiguous: `owner` then keeps the copy.
+// More than kMaxOperandDims irregular dimensions are made contiguous: `owner` then keeps the copy.
 CouplingOperand operand_of(const Tensor& tensor, Tensor& owner) {
   owner = tensor;
   CouplingOperand operand{};
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const Merged merged(tensor, 1, tensor.dim());
+  if (merged.dims > kMaxOperandDims) return operand_of(torch::stable::contiguous(tensor), owner);
   operand.data = tensor.const_data_ptr();
-  operand.sample_stride = strides[0];
-  int64_t size[kMaxDims], stride[kMaxDims];
-  int dims = 0;
-  for (size_t i = 1; i < sizes.size(); ++i) {
-    if (sizes[i] == 1) continue;
-    if (dims > 0 && stride[dims - 1] == strides[i] * sizes[i]) {
-      size[dims - 1] *= sizes[i];
-      stride[dims - 1] = strides[i];
-    } else {
-      size[dims] = sizes[i];
-      stride[dims] = strides[i];
-      ++dims;
-    }
-  }
-  if (dims > kMaxOperandDims) return operand_of(torch::stable::contiguous(tensor), owner);
-  if (dims == 0) size[0] = stride[0] = dims = 1;
-  operand.dims = dims;
-  std::copy(size, size + dims, operand.size);
-  std::copy(stride, stride + dims, operand.stride);
+  operand.sample_stride = tensor.stride(0);
+  operand.dims = merged.dims;
+  std::copy(merged.size, merged.size + merged.dims, operand.size);
+  std::copy(merged.stride, merged.stride + merged.dims, operand.stride);
   return operand;
 }
 

@@ -12,4 +12,12 @@ STABLE_TORCH_LIBRARY(pygen, m) {
   m.def(
       "affine_coupling_backward(Tensor? grad_y, Tensor? grad_log_det, Tensor x, Tensor scale, Tensor shift, "
       "str scale_map, bool shift_first, float clamp, bool inverse) -> (Tensor, Tensor)");
+
+  m.def(
+      "rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, bool inverse, str tails, "
+      "float tail_bound, float min_bin_width, float min_bin_height, float min_derivative) -> (Tensor, Tensor)");
+  m.def(
+      "rational_quadratic_spline_backward(Tensor? grad_y, Tensor? grad_log_det, Tensor x, Tensor widths, "
+      "Tensor heights, Tensor derivatives, bool inverse, str tails, float tail_bound, float min_bin_width, "
+      "float min_bin_height, float min_derivative) -> (Tensor, Tensor, Tensor, Tensor)");
 }

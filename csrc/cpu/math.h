@@ -17,6 +17,24 @@ PYGEN_INLINE V absolute(V x) {
   return x < 0 ? -x : x;
 }
 
+// Correctly rounded, as the hardware does it.
+#if PYGEN_VECTOR_BYTES == 64
+PYGEN_INLINE f32v square_root(f32v x) { return (f32v)_mm512_sqrt_ps((__m512)x); }
+PYGEN_INLINE f64v square_root(f64v x) { return (f64v)_mm512_sqrt_pd((__m512d)x); }
+#elif PYGEN_VECTOR_BYTES == 32
+PYGEN_INLINE f32v square_root(f32v x) { return (f32v)_mm256_sqrt_ps((__m256)x); }
+PYGEN_INLINE f64v square_root(f64v x) { return (f64v)_mm256_sqrt_pd((__m256d)x); }
+#else
+PYGEN_INLINE f32v square_root(f32v x) {
+  for (int i = 0; i < VecOf<float>::lanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+PYGEN_INLINE f64v square_root(f64v x) {
+  for (int i = 0; i < VecOf<double>::lanes; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
 // ---- exponential -----------------------------------------------------------------------------------------------------
 
 // x = n ln 2 + r with |r| <= ln(2)/2; ln 2 in two parts, the first short enough that n * hi is exact.

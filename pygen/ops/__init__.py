@@ -2,5 +2,6 @@
 
 from pygen.ops.affine_coupling import additive_coupling, affine_coupling
 from pygen.ops.cumax import cumax
+from pygen.ops.rational_quadratic_spline import rational_quadratic_spline
 
-__all__ = ["additive_coupling", "affine_coupling", "cumax"]
+__all__ = ["additive_coupling", "affine_coupling", "cumax", "rational_quadratic_spline"]

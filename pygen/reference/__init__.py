@@ -8,13 +8,21 @@ from pygen.reference.affine_coupling import (
     log_scale,
 )
 from pygen.reference.cumax import cumax, cumax_backward
+from pygen.reference.rational_quadratic_spline import (
+    TAILS,
+    rational_quadratic_spline,
+    rational_quadratic_spline_backward,
+)
 
 __all__ = [
     "SCALE_MAPS",
+    "TAILS",
     "additive_coupling",
     "affine_coupling",
     "affine_coupling_backward",
     "cumax",
     "cumax_backward",
     "log_scale",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_backward",
 ]
