@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pygen import ops
-from pygen.nn.transform import Transform, zero_log_det
+from pygen.nn.transform import Retraced, Transform, zero_log_det
 from pygen.reference.affine_coupling import SCALE_MAPS
 
 
@@ -59,7 +59,7 @@ class _Coupling(Transform):
         self.register_buffer("mask", mask if mask is None or not swap else ~mask)
         self.register_buffer("_active", None, persistent=False)
         self._index_active()
-        self.register_load_state_dict_post_hook(lambda module, _: module._index_active())
+        self.register_load_state_dict_post_hook(_index_active_again)
 
     def _index_active(self) -> None:
         if self.mask is not None:
@@ -80,7 +80,15 @@ class _Coupling(Transform):
             )
         return parts
 
-    def _by_halves(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the conditioner sees and what is transformed: two views, or by mask all of x with zeros and (B, n)."""
+        if self.mask is not None:
+            if x.shape[1:] != self.mask.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: x must be (B, ...) with the mask's shape {tuple(self.mask.shape)} per "
+                    f"sample, got {tuple(x.shape)}"
+                )
+            return x.masked_fill(self.mask, 0), x.flatten(1).index_select(1, self._active)
         size = x.size(self.dim)
         if size < 2:
             raise ValueError(
@@ -88,27 +96,27 @@ class _Coupling(Transform):
                 f"got x {tuple(x.shape)}"
             )
         first, second = x.split((size - size // 2, size // 2), self.dim)
-        passive, active = (second, first) if self.swap else (first, second)
-        active, log_det = self._couple(active, self._condition(passive, context, active.shape), inverse)
-        return torch.cat((active, passive) if self.swap else (passive, active), self.dim), log_det
+        return (second, first) if self.swap else (first, second)
 
-    def _by_mask(self, x: Tensor, mask: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if x.shape[1:] != mask.shape:
-            raise ValueError(
-                f"{type(self).__name__}: x must be (B, ...) with the mask's shape {tuple(mask.shape)} per sample, "
-                f"got {tuple(x.shape)}"
-            )
-        parameters = self._condition(x.masked_fill(mask, 0), context, x.shape)
+    def _merge(self, passive: Tensor, active: Tensor) -> Tensor:
+        """x of its parts. By mask, what `passive` has at active positions does not matter."""
+        if self.mask is None:
+            return torch.cat((active, passive) if self.swap else (passive, active), self.dim)
+        flat = passive.flatten(1)
+        return flat.index_copy(1, self._active, active.to(flat.dtype)).view(passive.shape)
+
+    def _parameters_of(self, passive: Tensor, active: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """What the conditioner says about every active element."""
+        if self.mask is None:
+            return self._condition(passive, context, active.shape)
+        parameters = self._condition(passive, context, passive.shape)
         # The active elements only: half the work, and no scale map needs a neutral element for the others.
-        picked = tuple(p.flatten(1).index_select(1, self._active) for p in parameters)
-        flat = x.flatten(1)
-        active, log_det = self._couple(flat.index_select(1, self._active), picked, inverse)
-        return flat.index_copy(1, self._active, active.to(flat.dtype)).view(x.shape), log_det
+        return tuple(p.flatten(1, passive.dim() - 1).index_select(1, self._active) for p in parameters)
 
     def _apply_coupling(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.mask is None:
-            return self._by_halves(x, context, inverse)
-        return self._by_mask(x, self.mask, context, inverse)
+        passive, active = self._split(x)
+        active, log_det = self._couple(active, self._parameters_of(passive, active, context), inverse)
+        return self._merge(passive, active), log_det
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_coupling(x, context, False)
@@ -116,9 +124,37 @@ class _Coupling(Transform):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_coupling(z, context, True)
 
+    def retrace(self, z: Tensor, context: Tensor | None = None) -> Retraced:
+        """As `Transform.retrace`, with one run of the conditioner: its input is the same on both sides."""
+        passive, transformed = (part.detach() for part in self._split(z))
+        passive.requires_grad_()
+        with torch.enable_grad():
+            parameters = self._parameters_of(passive, transformed, context)
+        with torch.no_grad():
+            active, _ = self._couple(transformed, tuple(p.detach() for p in parameters), True)
+            x = self._merge(passive, active)
+        active = active.detach().requires_grad_()
+        with torch.enable_grad():
+            transformed, log_det = self._couple(active, parameters, False)
+            z = self._merge(passive, transformed)
+
+        def join(grads: tuple[Tensor | None, ...]) -> Tensor:
+            of_passive, of_active = (
+                torch.zeros_like(leaf) if grad is None else grad
+                for leaf, grad in zip((passive, active), grads, strict=True)
+            )
+            return self._merge(of_passive, of_active)
+
+        return Retraced(x, (passive, active), z, log_det, join)
+
     def extra_repr(self) -> str:
         split = f"dim={self.dim}" if self.mask is None else f"mask={tuple(self.mask.shape)}"
         return f"{split}, swap={self.swap}"
+
+
+def _index_active_again(coupling: _Coupling, incompatible_keys: object) -> None:
+    """A function of the module, not a lambda, so that layers can be pickled."""
+    coupling._index_active()
 
 
 class AffineCoupling(_Coupling):

@@ -1,7 +1,8 @@
 """What every flow layer is (`Transform`), how layers are chained, and the layers that only move elements."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ from pygen.reference._dtypes import compute_dtype
 def zero_log_det(x: Tensor) -> Tensor:
     """(B,) zeros in the type in which log-determinants of `x` are kept: the answer of a volume-preserving layer."""
     return x.new_zeros(x.size(0), dtype=compute_dtype(x.dtype))
+
+
+class Retraced(NamedTuple):
+    """One step of a flow found again from its output; see `Transform.retrace`.
+
+    The graph of `z` and `log_det` begins at `leaves`; `join` puts their gradients (None where there is none) together
+    to the gradient of x.
+    """
+
+    x: Tensor
+    leaves: tuple[Tensor, ...]
+    z: Tensor
+    log_det: Tensor
+    join: Callable[[tuple[Tensor | None, ...]], Tensor]
 
 
 class Transform(nn.Module):
@@ -45,6 +60,33 @@ class Transform(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} does not define inverse")
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one z for samples x of the given shape, both without the batch."""
+        return tuple(shape)
+
+    def retrace(self, z: Tensor, context: Tensor | None = None) -> Retraced:
+        """x from z, with the graph of `forward` at this x: what `ReversibleSequential` needs to go back one step.
+
+        A layer whose `inverse` and `forward` share work (a coupling's conditioner sees the same numbers in both) does
+        that work once by defining its own.
+        """
+        with torch.no_grad():
+            x, _ = self.inverse(z, context)
+        return trace(self, x, context)
+
+
+def trace(transform: Transform, x: Tensor, context: Tensor | None = None) -> Retraced:
+    """As `Transform.retrace`, where x is known already."""
+    x = x.detach()
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z, log_det = transform(leaf, context)
+
+    def join(grads: tuple[Tensor | None, ...]) -> Tensor:
+        return torch.zeros_like(x) if grads[0] is None else grads[0]
+
+    return Retraced(x, (leaf,), z, log_det, join)
 
 
 class Sequential(Transform):
@@ -87,6 +129,11 @@ class Sequential(Transform):
             z, step = transform.inverse(z, context)  # type: ignore[operator]
             log_det = log_det + step
         return z, log_det
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        for transform in self.transforms:
+            shape = transform.output_shape(shape)  # type: ignore[operator]
+        return tuple(shape)
 
 
 class Permutation(Transform):
@@ -165,6 +212,9 @@ class Reshape(Transform):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._reshape(z, self.after, self.before), zero_log_det(z)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return self.after
 
     def _reshape(self, x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
         if tuple(x.shape[1:]) != before:

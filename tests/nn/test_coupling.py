@@ -141,8 +141,8 @@ def flow_of_depth(depth, dtype, additive=False):
     kind = nn.AdditiveCoupling if additive else nn.AffineCoupling
     out = 4 if additive else 8
     layers = [nn.Permutation.random(8)]
-    for i in range(depth):  # the gain of a trained flow: at 1 a random one is chaotic, and float32 loses x
-        layers += [randomized(kind(nn.MLP(4, out, (16,)), swap=i % 2 == 1), i), nn.Permutation.reverse(8)]
+    for i in range(depth):  # the gain of a trained flow: a random one of gain 0.5 is chaotic, and float32 loses x
+        layers.append(randomized(kind(nn.MLP(4, out, (16,)), swap=i % 2 == 1), i, gain=0.4))
     return nn.Sequential(*layers).to(dtype)
 
 
