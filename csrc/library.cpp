@@ -12,6 +12,12 @@ STABLE_TORCH_LIBRARY(pygen, m) {
   m.def(
       "affine_coupling_backward(Tensor? grad_y, Tensor? grad_log_det, Tensor x, Tensor scale, Tensor shift, "
       "str scale_map, bool shift_first, float clamp, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_halves(Tensor x, Tensor parameters, int dim, bool swap, str scale_map, bool shift_first, "
+      "float clamp, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_halves_backward(Tensor? grad_z, Tensor? grad_log_det, Tensor x, Tensor parameters, int dim, "
+      "bool swap, str scale_map, bool shift_first, float clamp, bool inverse) -> (Tensor, Tensor)");
 
   m.def(
       "rational_quadratic_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, bool inverse, str tails, "
@@ -20,4 +26,12 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "rational_quadratic_spline_backward(Tensor? grad_y, Tensor? grad_log_det, Tensor x, Tensor widths, "
       "Tensor heights, Tensor derivatives, bool inverse, str tails, float tail_bound, float min_bin_width, "
       "float min_bin_height, float min_derivative) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "actnorm_conv1x1(Tensor x, Tensor bias, Tensor log_scale, Tensor lower, Tensor upper, Tensor log_diagonal, "
+      "Tensor sign, Tensor permutation) -> (Tensor, Tensor)");
+  m.def(
+      "actnorm_conv1x1_backward(Tensor? grad_z, Tensor? grad_log_det, Tensor x, Tensor bias, Tensor log_scale, "
+      "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -93,7 +93,7 @@ def use_kernels(which: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch remarks that a kernel is being overridden: it is
         for name, rules in _operator.registered.items():
-            if which == "triton":
+            if which == "triton" and rules.gpu == "triton":
                 override.impl(name, _operator.triton_kernel(name, rules), "CPU")
             else:
                 override.impl(name, _operator.reference_kernel(rules), "CPU")
@@ -108,6 +108,8 @@ def use_kernels(which: str) -> Iterator[None]:
 def _gpu_service(op: str) -> Service:
     if not torch.cuda.is_available():
         return Service(op, "cuda", "none", "torch sees no CUDA device here")
+    if _operator.registered[op].gpu == "library":
+        return Service(op, "cuda", "cuBLAS", "")
     if not _operator.has_triton():
         return Service(op, "cuda", "reference", "Triton is not installed: pip install triton")
     return Service(op, "cuda", "Triton", "")
@@ -161,9 +163,9 @@ def report() -> str:
         f"GPU        {gpu}",
         *_build_lines(),
         "",
-        f"{'op':<18}{'device':<8}{'kernel':<13}why not a faster one",
+        f"{'op':<27}{'device':<8}{'kernel':<13}why not a faster one",
     ]
-    lines += [f"{s.op:<18}{s.device:<8}{s.kernel:<13}{s.why or '-'}" for s in services()]
+    lines += [f"{s.op:<27}{s.device:<8}{s.kernel:<13}{s.why or '-'}" for s in services()]
     return "\n".join(lines)
 
 

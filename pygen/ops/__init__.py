@@ -1,7 +1,8 @@
 """The fused ops as functions: differentiable, compilable, on every device."""
 
+from pygen.ops.actnorm_conv1x1 import actnorm_conv1x1
 from pygen.ops.affine_coupling import additive_coupling, affine_coupling
 from pygen.ops.cumax import cumax
 from pygen.ops.rational_quadratic_spline import rational_quadratic_spline
 
-__all__ = ["additive_coupling", "affine_coupling", "cumax", "rational_quadratic_spline"]
+__all__ = ["actnorm_conv1x1", "additive_coupling", "affine_coupling", "cumax", "rational_quadratic_spline"]

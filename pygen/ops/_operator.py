@@ -55,6 +55,8 @@ class Rules:
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
     vmap: Callable[..., Any]
+    # "triton", or "library" where the work on a GPU is a matrix product: the reference, which calls the vendor's.
+    gpu: str = "triton"
 
 
 # Every registered operator, for pygen.backends.
@@ -108,7 +110,8 @@ def reference_kernel(rules: Rules) -> Callable[..., Any]:
 def _register(name: str, rules: Rules) -> None:
     qualified = f"pygen::{name}"
     registered[name] = rules
-    library.impl(name, (triton_kernel if has_triton() else _gpu_without_triton)(name, rules), "CUDA")
+    if rules.gpu == "triton":
+        library.impl(name, (triton_kernel if has_triton() else _gpu_without_triton)(name, rules), "CUDA")
     # Any device without a kernel of its own (MPS, XPU, ...) computes the reference.
     library.impl(name, reference_kernel(rules), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, rules.fake, lib=library)

@@ -138,7 +138,8 @@ def _check_options(bins: int, tail_bound: float, width: float, height: float, de
     for name, smallest in (("min_bin_width", width), ("min_bin_height", height)):
         if not (smallest > 0 and smallest * bins <= 1):
             raise ValueError(
-                f"rational_quadratic_spline: {name} must be positive and at most 1 / bins = {1 / bins:g}, got {smallest}"
+                f"rational_quadratic_spline: {name} must be positive and at most 1 / bins ({1 / bins:g}), "
+                f"got {smallest}"
             )
     if not derivative > 0:
         raise ValueError(f"rational_quadratic_spline: min_derivative must be positive, got {derivative}")
@@ -211,7 +212,7 @@ def rational_quadratic_spline(
     Source: Durkan, Bekasov, Murray, Papamakarios, "Neural Spline Flows", NeurIPS 2019, section 3.
     """
     kind = "none" if tails is None else tails
-    tensors = (x, widths, heights, derivatives)
+    tensors: tuple[Tensor, ...] = (x, widths, heights, derivatives)
     _check(tensors, kind)
     _check_options(widths.size(-1), tail_bound, min_bin_width, min_bin_height, min_derivative)
     tensors = _one_dtype(tensors)

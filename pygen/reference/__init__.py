@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the truth in tests, the baseline in benchmarks, the fallback on other devices."""
 
+from pygen.reference.actnorm_conv1x1 import actnorm_conv1x1, actnorm_conv1x1_backward
 from pygen.reference.affine_coupling import (
     SCALE_MAPS,
     additive_coupling,
@@ -17,6 +18,8 @@ from pygen.reference.rational_quadratic_spline import (
 __all__ = [
     "SCALE_MAPS",
     "TAILS",
+    "actnorm_conv1x1",
+    "actnorm_conv1x1_backward",
     "additive_coupling",
     "affine_coupling",
     "affine_coupling_backward",

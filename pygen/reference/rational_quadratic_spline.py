@@ -29,7 +29,7 @@ class _Axis(NamedTuple):
 class _Bin(NamedTuple):
     """The bin that holds each element, and where in it the element lies; tensors like x."""
 
-    index: Tensor
+    number: Tensor  # int64, 0 .. K - 1
     xi: Tensor  # (x - start) / width, in [0, 1]
     width: Tensor
     slope: Tensor  # height / width
@@ -82,10 +82,7 @@ def _locate(
     base, height = _pick(vertical.start, index), _pick(vertical.size, index)
     left, right = _pick(derivatives, index), _pick(derivatives, index + 1)
     slope = height / width
-    if inverse:
-        xi = _solve(((inside - base) / height).clamp(0, 1), slope, left, right)
-    else:
-        xi = (inside - start) / width
+    xi = _solve(((inside - base) / height).clamp(0, 1), slope, left, right) if inverse else (inside - start) / width
     # At the bounds and beyond, the slope is the end knot's to the last bit.
     xi = torch.where(x >= tail_bound, 1.0, torch.where(x <= -tail_bound, 0.0, xi.clamp(0, 1)))
     return _Bin(index, xi, width, slope, height, start, base, left, right)
@@ -224,7 +221,7 @@ def rational_quadratic_spline_backward(
 
     grad_widths = _grad_axis(
         horizontal,
-        at.index,
+        at.number,
         only(-by_xi / at.width, inside),
         only(-(xi * by_xi + s * by_slope) / at.width, inside),
         tail_bound,
@@ -232,14 +229,14 @@ def rational_quadratic_spline_backward(
     )
     grad_heights = _grad_axis(
         vertical,
-        at.index,
+        at.number,
         only(g, inside),
         only(g * share + by_slope / at.width, inside),
         tail_bound,
         min_bin_height,
     )
     grad_derivatives = _grad_derivatives(
-        widen(derivatives), tails, at.index, only(by_left, counted), only(by_right, counted)
+        widen(derivatives), tails, at.number, only(by_left, counted), only(by_right, counted)
     )
     return (
         grad_x.to(x.dtype),
