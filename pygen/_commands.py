@@ -22,6 +22,7 @@ app = typer.Typer(
 console = Console()
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERPOLATION_STEPS = 10
 
 
 @app.callback()
@@ -62,14 +63,19 @@ def _changed(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _saved_run(run: Path) -> dict[str, Any]:
-    """What config.json of a run says."""
+def _saved_run(run: Path, cannot: str) -> dict[str, Any]:
+    """What config.json of a run says; `cannot` begins the sentence when there is none."""
     try:
         return json.loads((run / "config.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"nothing to resume: {run} holds no run (config.json is missing)") from None
+        raise ValueError(f"{cannot}: {run} holds no run (config.json is missing)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{run / 'config.json'} is damaged: {error}") from None
+
+
+def _saved_data(saved: dict[str, Any]) -> datasets.Dataset:
+    """The data that a run was trained on."""
+    return datasets.load(**(saved["data"] if isinstance(saved["data"], dict) else {"name_or_path": saved["data"]}))
 
 
 @app.command()
@@ -106,11 +112,10 @@ def train(
         }
     )
     if resume is not None:
-        saved = _saved_run(resume)
+        saved = _saved_run(resume, "nothing to resume")
         if model not in (None, saved["model"]):
             raise ValueError(f"{resume} holds a {saved['model']}, not a {model}")
-        source = saved["data"] if isinstance(saved["data"], dict) else {"name_or_path": saved["data"]}
-        dataset = datasets.load(**source)
+        dataset = _saved_data(saved)
         settings = training.TrainConfig(**{**saved["train"], **given})
         network, run = models.create(saved["model"], saved["config"]), resume
     else:
@@ -140,7 +145,7 @@ def _report(model: torch.nn.Module, dataset: datasets.Dataset, result: Any) -> N
     console.print(
         f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; validation {result.best_valid:.4f}, "
         f"test {test:.4f} {unit}\n{result.run_dir}: best.safetensors, last.safetensors, metrics.csv\n"
-        f"next: pygen sample {result.run_dir} --plot samples.png",
+        f"next: pygen sample {result.run_dir}, and with --interpolate 8",
         highlight=False,
         soft_wrap=True,
     )
@@ -150,44 +155,69 @@ def _report(model: torch.nn.Module, dataset: datasets.Dataset, result: Any) -> N
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or its best.safetensors.")],
     n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of them. [default: RUN/samples.png]")] = None,
+    interpolate: Annotated[
+        int | None, typer.Option(help="Instead: so many rows, each from one test sample to another.", min=1)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture. [default: RUN/samples.png, RUN/interpolations.png]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write them as an array (.npz).")] = None,
     temperature: Annotated[float, typer.Option(help="Below 1: closer to the mode.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Draw samples from a trained model."""
-    import numpy as np
-
+    """Draw samples from a trained model, or interpolate between samples of its data."""
     from pygen import training
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
-    model = training.load_model(run, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    x = model.sample(n, temperature=temperature, generator=generator).cpu()  # type: ignore[operator]
+    model: Any = training.load_model(run, device=device)
+    folder = run.parent if run.suffix == ".safetensors" else run
+    if interpolate is None:
+        what, name = f"{n} samples", "samples"
+        x = model.sample(n, temperature=temperature, generator=torch.Generator(device).manual_seed(seed))
+    else:
+        what, name = f"{interpolate} interpolations", "interpolations"
+        x = model.interpolate(*(ends.to(device) for ends in _pairs(folder, interpolate, seed)), INTERPOLATION_STEPS)
+    x = x.cpu()
     written = []
     if out is not None:
-        # Through an open file, because savez would add .npz to any other name.
-        with open(out, "wb") as file:
-            np.savez_compressed(file, samples=x.numpy())
+        _write_array(out, name, x)
         written.append(str(out))
     if plot is not None or out is None:
         from pygen import _plots
 
-        plot = plot or (run.parent if run.suffix == ".safetensors" else run) / "samples.png"
-        _plots.save_samples(plot, x, model.levels)  # type: ignore[arg-type]
+        plot = plot or folder / f"{name}.png"
+        save = _plots.save_samples if interpolate is None else _plots.save_interpolations
+        save(plot, x, model.levels)
         written.append(str(plot))
-    console.print(f"{n} samples: {', '.join(written)}", highlight=False, soft_wrap=True)
+    console.print(f"{what}: {', '.join(written)}", highlight=False, soft_wrap=True)
+
+
+def _pairs(run: Path, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n pairs of different test samples of the data that a run was trained on, (n, *shape) each."""
+    test = _saved_data(_saved_run(run, "no data to interpolate between")).test
+    if len(test) < 2 * n:
+        raise ValueError(f"--interpolate {n} needs {2 * n} test samples, the data has {len(test)}")
+    first, second = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: 2 * n].view(2, n)
+    return test[first], test[second]
+
+
+def _write_array(path: Path, name: str, x: torch.Tensor) -> None:
+    import numpy as np
+
+    # Through an open file, because savez would add .npz to any other name.
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **{name: x.numpy()})  # type: ignore[arg-type]
 
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="How long to train.")] = 1.0,
+    minutes: Annotated[float, typer.Option(help="How long to train each of the two flows.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder for the run and the pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of weights, data order and noise.")] = 0,
 ) -> None:
-    """Train RealNVP on real digits for a minute, and show what came out."""
+    """Train RealNVP and Glow on real digits, a minute each, and show what came out."""
     from pygen import _demo
 
     if _demo.run(console, minutes=minutes, out=out, seed=seed):

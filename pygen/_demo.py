@@ -1,10 +1,11 @@
-"""`pygen demo`: one minute of RealNVP on real digits, next to two baselines, and what the fused kernels save in it."""
+"""`pygen demo`: RealNVP and Glow on real digits, a minute each, next to two baselines; and what fused kernels save."""
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,13 +16,15 @@ from pygen import _plots, backends, data, models, training
 from pygen.models.baselines import FullGaussian, PixelHistogram
 
 SAMPLES, TEMPERATURE = 64, 0.7
+INTERPOLATIONS, INTERPOLATION_STEPS = 8, 10
 TIMED_STEPS, TIMED_ROUNDS = 5, 15
 
-
-def _model(digits: data.Dataset) -> models.RealNVP:
-    """1,347 training images are few. What keeps a flow of this size from learning them by heart is dropout first
-    (without it validation ends 1.5 bits/dim above its best), then choosing the best averaged weights by validation."""
-    return models.RealNVP(digits.shape, levels=digits.levels, alpha=0.01, depth=8, hidden=(128, 128), dropout=0.3)
+# 1,347 training images are few. What keeps flows of this size from learning them by heart is dropout first (without it
+# RealNVP's validation ends 1.5 bits/dim above its best), then choosing the best averaged weights by validation.
+FLOWS: dict[str, tuple[Callable[..., models.Flow], dict[str, Any]]] = {
+    "RealNVP": (models.RealNVP, {"alpha": 0.01, "depth": 8, "hidden": (128, 128), "dropout": 0.3}),
+    "Glow": (models.Glow, {"alpha": 0.01, "steps": 4, "hidden": (32,), "dropout": 0.1}),
+}
 
 
 def _settings(minutes: float, seed: int) -> training.TrainConfig:
@@ -38,42 +41,50 @@ def _settings(minutes: float, seed: int) -> training.TrainConfig:
 
 
 def run(console: Console, *, minutes: float, out: Path, seed: int) -> bool:
-    """Show doctor, train, compare, time, and write `samples.png` and `bench.png` into `out`.
+    """Show doctor, train, compare, draw, time, and write the pictures into `out`.
+
+    Args:
+        minutes: of training, for each flow.
 
     Returns:
-        True when Ctrl-C ended the training; the checkpoint is kept and the rest is skipped.
+        True when Ctrl-C ended a training; the checkpoint is kept and the rest is skipped.
     """
     settings = _settings(minutes, seed)  # first, to complain about them before anything is printed
     console.print(backends.report(), markup=False, highlight=False, soft_wrap=True)
     digits = data.load("digits")
     run_dir = _next_run(out)
     console.print(
-        f"\nRealNVP on scikit-learn's digits: {len(digits.train)} images to train on, {len(digits.valid)} to choose "
-        f"the best weights by, {len(digits.test)} to test on; {minutes:g} min of training",
+        f"\n{' and '.join(FLOWS)} on scikit-learn's digits: {len(digits.train)} images to train on, "
+        f"{len(digits.valid)} to choose the best weights by, {len(digits.test)} to test on; {minutes:g} min "
+        "of training for each",
         highlight=False,
     )
     # The layers are small: measured on two busy cores, a step takes 27 ms with one thread and 45 to 270 with two.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch.manual_seed(seed)
-        model = _model(digits)
-        result = training.train(model, digits, settings, run_dir)
-        if result.interrupted:
-            console.print(f"interrupted; continue with: pygen train --resume {run_dir}", highlight=False)
-            return True
-        _compare(console, model, digits)
-        generator = torch.Generator().manual_seed(seed)
-        samples = model.sample(SAMPLES, temperature=TEMPERATURE, generator=generator)
-        _plots.save_samples(out / "samples.png", samples, digits.levels, beside=digits.test[:SAMPLES])
-        times = _time_kernels(model, digits.train[: settings.batch_size])
+        flows: dict[str, models.Flow] = {}
+        for title, (kind, arguments) in FLOWS.items():
+            console.print(f"\n{title}", highlight=False)
+            torch.manual_seed(seed)
+            flow = flows[title] = kind(digits.shape, levels=digits.levels, **arguments)
+            run = run_dir / flow.name
+            if training.train(flow, digits, settings, run).interrupted:
+                console.print(f"interrupted; continue with: pygen train --resume {run}", highlight=False)
+                return True
+        _compare(console, flows, digits)
+        _draw(flows["Glow"], digits, out, seed)
+        times = _time_kernels(flows["RealNVP"], digits.train[: settings.batch_size])
     finally:
         torch.set_num_threads(threads)
     _show_times(console, times)
     _plots.save_times(out / "bench.png", times, "RealNVP on digits, one CPU thread")
+    glow = run_dir / flows["Glow"].name
     console.print(
-        f"\nsamples: {out / 'samples.png'} (temperature {TEMPERATURE})\ntimes:   {out / 'bench.png'}\n"
-        f"the run: {run_dir} (pygen sample {run_dir} draws more)",
+        f"\nsamples of Glow: {out / 'samples.png'} (temperature {TEMPERATURE})\n"
+        f"interpolations:  {out / 'interpolations.png'}\n"
+        f"times:           {out / 'bench.png'}\n"
+        f"the runs:        {run_dir} (pygen sample {glow} draws more, with --interpolate 8 in between)",
         highlight=False,
         soft_wrap=True,
     )
@@ -88,23 +99,34 @@ def _next_run(out: Path) -> Path:
     return out / f"run-{number}"
 
 
-def _compare(console: Console, model: models.RealNVP, digits: data.Dataset) -> None:
-    """Print test bits per dimension of the baselines and the flow, all of the same images on the same scale."""
-    rows = {
+def _compare(console: Console, flows: Mapping[str, models.Flow], digits: data.Dataset) -> None:
+    """Print test bits per dimension of the baselines and the flows, all of the same images on the same scale."""
+    baselines = {
         "Gaussian, full covariance": FullGaussian(digits.train).bits_per_dim(digits.test).mean().item(),
         "histogram of every pixel": PixelHistogram(digits.train, digits.levels).bits_per_dim(digits.test).mean().item(),
-        "RealNVP": training.evaluate(model, digits.test, draws=20),
     }
+    bits = {name: training.evaluate(flow, digits.test, draws=20) for name, flow in flows.items()}
     table = Table("density", "test bits/dim", title="lower is better")
-    for name, bits in rows.items():
-        table.add_row(name, f"{bits:.3f}", style="bold" if name == "RealNVP" else None)
+    for name, value in (baselines | bits).items():
+        table.add_row(name, f"{value:.3f}", style="bold" if name in flows else None)
     console.print(table)
-    flow, *baselines = reversed(rows.values())
-    if flow >= min(baselines):
-        console.print("The flow does not beat the baselines: it trained too briefly. Try a larger --minutes.")
+    for name, value in bits.items():
+        if value >= min(baselines.values()):
+            console.print(f"{name} does not beat the baselines: it trained too briefly. Try a larger --minutes.")
 
 
-def _training_step(model: models.RealNVP, x: Tensor) -> Callable[[], None]:
+def _draw(flow: models.Flow, digits: data.Dataset, out: Path, seed: int) -> None:
+    """Samples beside real digits, and what lies between pairs of them."""
+    samples = flow.sample(SAMPLES, temperature=TEMPERATURE, generator=torch.Generator().manual_seed(seed))
+    _plots.save_samples(
+        out / "samples.png", samples, digits.levels, beside=digits.test[:SAMPLES], title="samples of Glow"
+    )
+    first, second = digits.test[: 2 * INTERPOLATIONS].chunk(2)
+    between = flow.interpolate(first, second, INTERPOLATION_STEPS)
+    _plots.save_interpolations(out / "interpolations.png", between, digits.levels)
+
+
+def _training_step(model: models.Flow, x: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # timed, and nothing learned
 
     def step() -> None:
@@ -115,7 +137,7 @@ def _training_step(model: models.RealNVP, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _couplings(model: models.RealNVP, batch: int) -> Callable[[], None]:
+def _couplings(model: models.Flow, batch: int) -> Callable[[], None]:
     """The model's coupling ops alone, forward and backward, on tensors of the shapes they have in it."""
     from pygen import ops
 
@@ -135,7 +157,7 @@ def _couplings(model: models.RealNVP, batch: int) -> Callable[[], None]:
     return all_couplings
 
 
-def _time_kernels(model: models.RealNVP, x: Tensor) -> dict[str, dict[str, float]]:
+def _time_kernels(model: models.Flow, x: Tensor) -> dict[str, dict[str, float]]:
     """Milliseconds of a training step, and of the coupling ops in it, with the reference and with the fused kernels."""
     model.train()
     work = {"a training step": _training_step(model, x), "the coupling ops in it": _couplings(model, len(x))}

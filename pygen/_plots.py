@@ -1,7 +1,7 @@
 """The pictures that the `pygen` command writes: grids of samples and bars of times. Needs matplotlib."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,22 @@ def grid(x: Tensor, levels: int, columns: int | None = None) -> np.ndarray:
     return picture
 
 
-def save_samples(path: Path, x: Tensor, levels: int | None, *, beside: Tensor | None = None) -> None:
+def _is_picture(shape: Sequence[int], levels: int | None) -> bool:
+    """Whether samples of this shape are images; those that have no picture at all end with a sentence."""
+    image = len(shape) == 3 and shape[0] in (1, 3) and levels is not None
+    if not image and tuple(shape) != (2,):
+        raise ValueError(f"samples of shape {tuple(shape)} have no picture; write them with --out FILE.npz")
+    return image
+
+
+def _show(axis: Any, picture: np.ndarray) -> None:
+    axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+
+
+def save_samples(
+    path: Path, x: Tensor, levels: int | None, *, beside: Tensor | None = None, title: str = "samples"
+) -> None:
     """Write samples as a picture: a grid of images, or points for pairs of numbers.
 
     Args:
@@ -51,24 +66,47 @@ def save_samples(path: Path, x: Tensor, levels: int | None, *, beside: Tensor | 
         x: (N, C, H, W) integers with 1 or 3 channels, or (N, 2).
         levels: how many values an element has, None for real data.
         beside: real images to show on the right, in a grid of the same shape.
+        title: what to write above x.
 
     Raises:
         ValueError: samples of a shape that has no picture.
     """
-    is_image = x.dim() == 4 and x.size(1) in (1, 3) and levels is not None
-    if not is_image and x.shape[1:] != (2,):
-        raise ValueError(f"samples of shape {tuple(x.shape[1:])} have no picture; write them with --out FILE.npz")
-    panels = [("samples", x)] if beside is None else [("samples of the model", x), ("real data", beside)]
+    image = _is_picture(x.shape[1:], levels)
+    panels = [(title, x)] if beside is None else [(title, x), ("real data", beside)]
     figure, axes = _figure(5.2 * len(panels), 5.5, len(panels))
-    for axis, (title, images) in zip(axes[0], panels, strict=True):
-        axis.set_title(title, color=INK)
-        if is_image:
+    for axis, (name, samples) in zip(axes[0], panels, strict=True):
+        axis.set_title(name, color=INK)
+        if image:
             assert levels is not None
-            picture = grid(images, levels)
-            axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
-            axis.set_axis_off()
+            _show(axis, grid(samples, levels))
         else:
-            axis.scatter(*images.numpy().T, s=4, color=OURS)
+            axis.scatter(*samples.numpy().T, s=4, color=OURS)
+    _save(figure, path)
+
+
+def save_interpolations(path: Path, x: Tensor, levels: int | None) -> None:
+    """Write interpolations as a picture: a row of images for each, or a line for pairs of numbers.
+
+    Args:
+        path: file; its folder is created.
+        x: (N, steps, C, H, W) integers with 1 or 3 channels, or (N, steps, 2).
+        levels: how many values an element has, None for real data.
+
+    Raises:
+        ValueError: samples of a shape that has no picture.
+    """
+    rows, steps = x.shape[:2]
+    image = _is_picture(x.shape[2:], levels)
+    height = 0.6 * rows * x.size(-2) / x.size(-1) if image else 5.0
+    figure, axes = _figure(0.6 * steps if image else 5.2, height + 0.5)
+    axis = axes[0, 0]
+    axis.set_title("from one sample of the data (left) to another" if image else "interpolations", color=INK)
+    if image:
+        assert levels is not None
+        _show(axis, grid(x.flatten(0, 1), levels, columns=steps))
+    else:
+        for line in x.numpy():
+            axis.plot(*line.T, marker=".", color=OURS)
     _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,82 @@ def test_sample_writes_a_picture_and_an_array(trained, tmp_path, run_here):
     assert not np.array_equal(np.load(tmp_path / "other.npz")["samples"], samples)
 
 
+FLOWS = {
+    "nice": ("--set", "depth=2", "--set", "hidden=[8]"),
+    "realnvp": ("--set", "architecture=multiscale", "--set", "depth=2", "--set", "hidden=[4]"),
+    "glow": ("--set", "steps=1", "--set", "hidden=[4]"),
+    "nsf": ("--set", "depth=2", "--set", "hidden=[8]", "--set", "num_bins=4"),
+}
+
+
+@pytest.fixture(scope="module")
+def omniglot(real_data, tmp_path_factory):
+    """A part of the characters, as they come: train and test of bytes (N, 28, 28), and labels beside them."""
+    path = tmp_path_factory.mktemp("omniglot") / "omniglot.npz"
+    with np.load(real_data / "omniglot28.npz") as file:
+        np.savez(path, **{name: array[:96] for name, array in ((name, file[name]) for name in file.files)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Colour images of different sizes in folders of folders."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        (folder / str(i % 3)).mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (10 + i, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / str(i % 3) / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("source", ("digits", "omniglot", "photographs"))
+@pytest.mark.parametrize("model", FLOWS)
+def test_every_flow_trains_samples_and_interpolates_on_every_kind_of_data(model, source, tmp_path, run_here, request):
+    path = source if source == "digits" else request.getfixturevalue(source)
+    run = tmp_path / "run"
+    words = ("train", model, "--data", path, "--size", 8, "--out", run, "--epochs", 1, "--batch-size", 64)
+    code, out, err = run_here(*words, "--device", "cpu", *FLOWS[model])
+    assert code == 0, err
+    assert float(re.search(r"test ([0-9.]+) bits/dim", out).group(1)) < 16
+    shape = {"digits": (1, 8, 8), "omniglot": (1, 28, 28), "photographs": (3, 8, 8)}[source]
+    highest = 16 if source == "digits" else 255
+    assert run_here("sample", run, "--n", 4, "--out", tmp_path / "s.npz", "--plot", tmp_path / "s.png")[0] == 0
+    assert np.load(tmp_path / "s.npz")["samples"].shape == (4, *shape)
+    words = ("sample", run, "--interpolate", 1, "--out", tmp_path / "i.npz", "--plot", tmp_path / "i.png")
+    assert run_here(*words)[0] == 0
+    between = np.load(tmp_path / "i.npz")["interpolations"]
+    assert between.shape[2:] == shape and between.min() >= 0 and between.max() <= highest
+    assert (tmp_path / "s.png").stat().st_size > 1000 and (tmp_path / "i.png").stat().st_size > 1000
+
+
+def test_interpolations_begin_and_end_with_test_images(trained, tmp_path, run_here):
+    from pygen import data
+
+    code, out, _ = run_here("sample", trained, "--interpolate", 3, "--out", tmp_path / "i.npz")
+    assert code == 0 and "3 interpolations" in out
+    between = torch.from_numpy(np.load(tmp_path / "i.npz")["interpolations"])
+    test = data.load("digits").test.long()
+    ends = between[:, [0, -1]].flatten(0, 1)
+    found = (ends[:, None] == test).flatten(2).all(2)
+    assert between.shape == (3, 10, 1, 8, 8) and (found.sum(1) == 1).all()
+    assert found.any(0).sum() == 6, "pairs of different images"
+    run_here("sample", trained / "best.safetensors", "--interpolate", 3, "--out", tmp_path / "again.npz")
+    assert np.array_equal(np.load(tmp_path / "again.npz")["interpolations"], between), "same seed, same pairs"
+    assert run_here("sample", trained, "--interpolate", 2)[0] == 0
+    assert (trained / "interpolations.png").stat().st_size > 1000
+
+
+def test_interpolation_without_data_is_a_sentence(trained, tmp_path, run_here):
+    code, _, err = run_here("sample", trained, "--interpolate", 151)
+    assert code == 2 and "--interpolate 151 needs 302 test samples, the data has 300" in err
+    (tmp_path / "best.safetensors").write_bytes((trained / "best.safetensors").read_bytes())
+    code, _, err = run_here("sample", tmp_path, "--interpolate", 2)
+    assert code == 2 and "no data to interpolate between: " in err and "config.json is missing" in err
+
+
 MISTAKES = {
     "unknown model": (("train", "glowing"), "unknown model 'glowing'; there is: "),
     "no model": (("train",), "which model? pygen train MODEL, one of: "),
@@ -102,6 +179,21 @@ MISTAKES = {
     "no samples": (("sample", "{tmp}/none", "--n", "0"), "--n"),
     "empty file": (("train", "realnvp", "--data", "{tmp}/empty.npz"), "empty.npz: not a readable .npz file"),
     "damaged run": (("sample", "{tmp}/damaged"), "best.safetensors is not a readable pygen checkpoint"),
+    "no rows": (("sample", "{tmp}/none", "--interpolate", "0"), "--interpolate"),
+    "glow on vectors": (("train", "glow", "--data", "{tmp}/vectors.npz"), "Glow: shape must be an image's, (H, W) or"),
+    "too many scales": (("train", "glow", "--set", "scales=4"), "divisible by 16, got 8 x 8; choose fewer scales"),
+    "conditional without context": (
+        ("train", "nice", "--set", "context_features=2", "--out", "{tmp}/c"),
+        "context must",
+    ),
+    "one width": (
+        ("train", "glow", "--set", "hidden=64"),
+        "hidden must be a list of positive widths, as [64, 64], got 64",
+    ),
+    "unknown prior": (
+        ("train", "nice", "--set", "prior=cauchy"),
+        "prior must be one of normal, logistic, got 'cauchy'",
+    ),
     "damaged settings": (("train", "--resume", "{tmp}/damaged"), "config.json is damaged"),
     "demo without time": (("demo", "--minutes", "0", "--out", "{tmp}/demo"), "max_minutes must be positive, got 0"),
 }
@@ -111,6 +203,7 @@ MISTAKES = {
 def test_a_mistake_is_a_sentence_and_exit_code_2(tmp_path, run_here, mistake):
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez(tmp_path / "vectors.npz", np.zeros((30, 6), np.uint8))
     (tmp_path / "damaged").mkdir()
     for name in ("best.safetensors", "config.json"):
         (tmp_path / "damaged" / name).write_bytes(b"damaged")
@@ -189,18 +282,19 @@ def test_help_names_every_command(run_here):
 
 
 def test_demo_ends_with_its_pictures_and_a_flow_better_than_both_baselines(tmp_path, run_here):
-    """Nine seconds instead of a minute: the flow is ahead long before the end."""
+    """Nine seconds each instead of a minute: RealNVP is ahead long before the end, Glow later."""
     code, out, err = run_here("demo", "--minutes", 0.15, "--out", tmp_path)
     assert code == 0, err
     bits = {}
     for line in out.splitlines():
-        for name in ("Gaussian", "histogram", "RealNVP"):
+        for name in ("Gaussian", "histogram", "RealNVP", "Glow"):
             cells = [cell.strip() for cell in line.split("│") if cell.strip()]
             if len(cells) == 2 and cells[0].startswith(name):
                 bits[name] = float(cells[1])
     assert bits["RealNVP"] < bits["histogram"] < bits["Gaussian"]
-    assert {"samples.png", "bench.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert (tmp_path / "run-1" / "best.safetensors").exists()
+    assert bits["Glow"] < bits["Gaussian"]
+    assert {"samples.png", "interpolations.png", "bench.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert all((tmp_path / "run-1" / name / "best.safetensors").exists() for name in ("realnvp", "glow"))
 
 
 def test_grid_puts_every_image_in_its_place():
@@ -215,5 +309,8 @@ def test_grid_puts_every_image_in_its_place():
 def test_what_has_no_picture_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"samples of shape \(7,\) have no picture"):
         _plots.save_samples(Path(tmp_path) / "x.png", torch.zeros(3, 7), None)
+    with pytest.raises(ValueError, match=r"samples of shape \(7,\) have no picture"):
+        _plots.save_interpolations(Path(tmp_path) / "x.png", torch.zeros(3, 4, 7), None)
     _plots.save_samples(Path(tmp_path) / "x.png", torch.randn(30, 2), None)
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    _plots.save_interpolations(Path(tmp_path) / "y.png", torch.randn(3, 4, 2), None)
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("x.png", "y.png"))

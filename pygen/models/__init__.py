@@ -6,10 +6,13 @@ from typing import Any
 from torch import nn
 
 from pygen.models.flow import Flow
-from pygen.models.preprocess import Logit, dequantize
+from pygen.models.glow import Glow
+from pygen.models.nice import NICE
+from pygen.models.nsf import NSF
+from pygen.models.preprocess import Logit, Scale, dequantize
 from pygen.models.realnvp import RealNVP
 
-MODELS: dict[str, type[nn.Module]] = {"realnvp": RealNVP}
+MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF)}
 
 
 def check_name(name: str) -> None:
@@ -41,4 +44,16 @@ def create(name: str, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"model {name}: {error}") from error
 
 
-__all__ = ["MODELS", "Flow", "Logit", "RealNVP", "check_name", "create", "dequantize"]
+__all__ = [
+    "MODELS",
+    "NICE",
+    "NSF",
+    "Flow",
+    "Glow",
+    "Logit",
+    "RealNVP",
+    "Scale",
+    "check_name",
+    "create",
+    "dequantize",
+]

@@ -5,18 +5,10 @@ import math
 
 import pytest
 import torch
+from flow_models import randomized
 
 from pygen import models
 from pygen.nn import Sequential
-
-
-def randomized(model, seed=0, gain=0.5):
-    """Conditioners start at zero; a test needs layers that do something: weights of gain / sqrt(fan-in)."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 16
-        torch.nn.init.normal_(parameter, std=gain / fan_in**0.5, generator=generator)
-    return model.eval()
 
 
 class Uniform(models.Flow):
@@ -134,6 +126,24 @@ def test_config_rebuilds_the_model_and_survives_json():
     twin.load_state_dict(model.state_dict())
     x = torch.rand(3, 1, 4, 4) * 5
     assert torch.equal(twin.log_prob(x), model.log_prob(x))
+
+
+def test_runs_from_before_the_multiscale_architecture_load_and_resume():
+    """Resuming compares configs, and loading compares names: both are what they were."""
+    model = models.RealNVP((1, 4, 4), levels=5, depth=1, hidden=(7,))
+    assert model.config == {
+        "shape": [1, 4, 4],
+        "levels": 5,
+        "alpha": 0.05,
+        "depth": 1,
+        "hidden": [7],
+        "dropout": 0.0,
+        "activation": "relu",
+        "scale_map": "tanh",
+        "context_features": 0,
+    }
+    layers = [f"transform.transforms.2.conditioner.layers.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")]
+    assert list(model.state_dict()) == ["transform.transforms.1.indices", *layers]
 
 
 def test_loss_is_the_mean_bits_per_dimension():
