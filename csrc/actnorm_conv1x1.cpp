@@ -94,7 +94,7 @@ struct Folded {
   FoldTask task{};
 
   Folded(const Tensor& x, const Tensor& bias_, const Tensor& log_scale, const Tensor& lower_, const Tensor& upper_,
-         const Tensor& log_diagonal, const Tensor& sign, const Tensor& permutation)
+         const Tensor& log_diagonal, const Tensor& sign, const Tensor& permutation, bool inverse = false)
       : n(x.size(1)) {
     check_parameter("bias", bias_, x, 1);
     check_parameter("log_scale", log_scale, x, 1);
@@ -117,7 +117,7 @@ struct Folded {
     task.lower = lower.data(), task.upper = upper.data(), task.diagonal = diagonal.data();
     task.scale = scale.data(), task.bias = bias.data(), task.order = order.data();
     task.product = product.data(), task.weight = weight.data(), task.offset = offset.data();
-    PYGEN_KERNELS(mix_kernels).fold(task);
+    (inverse ? PYGEN_KERNELS(mix_kernels).fold_inverse : PYGEN_KERNELS(mix_kernels).fold)(task);
   }
 };
 
@@ -132,11 +132,8 @@ struct Typed {
   const void* data() const { return memory.data(); }
 };
 
-std::tuple<Tensor, Tensor> actnorm_conv1x1(const Tensor& x_, const Tensor& bias, const Tensor& log_scale,
-                                           const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
-                                           const Tensor& sign, const Tensor& permutation) {
+std::tuple<Tensor, Tensor> mixed(const Tensor& x_, const Folded& folded, double log_abs_det) {
   const Shape shape = shape_of(x_);
-  const Folded folded(x_, bias, log_scale, lower, upper, log_diagonal, sign, permutation);
   const Tensor x = torch::stable::contiguous(x_);
   Tensor z = empty_contiguous_like(x), log_det = empty_contiguous(&shape.samples, 1, x.scalar_type());
   const Typed weight(folded.weight, x.scalar_type()), offset(folded.offset, x.scalar_type());
@@ -147,9 +144,25 @@ std::tuple<Tensor, Tensor> actnorm_conv1x1(const Tensor& x_, const Tensor& bias,
   if (shape.pixels > 0)
     parallel_for(shape.samples, std::max<int64_t>(1, kElementsPerTask / size),
                  [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
-  put(Doubles(shape.samples, static_cast<double>(shape.pixels) * folded.log_abs_det), log_det.mutable_data_ptr(),
+  put(Doubles(shape.samples, static_cast<double>(shape.pixels) * log_abs_det), log_det.mutable_data_ptr(),
       x.scalar_type());
   return {z, log_det};
+}
+
+std::tuple<Tensor, Tensor> actnorm_conv1x1(const Tensor& x, const Tensor& bias, const Tensor& log_scale,
+                                           const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
+                                           const Tensor& sign, const Tensor& permutation) {
+  shape_of(x);
+  const Folded folded(x, bias, log_scale, lower, upper, log_diagonal, sign, permutation);
+  return mixed(x, folded, folded.log_abs_det);
+}
+
+std::tuple<Tensor, Tensor> actnorm_conv1x1_inverse(const Tensor& z, const Tensor& bias, const Tensor& log_scale,
+                                                   const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
+                                                   const Tensor& sign, const Tensor& permutation) {
+  shape_of(z);
+  const Folded folded(z, bias, log_scale, lower, upper, log_diagonal, sign, permutation, /*inverse=*/true);
+  return mixed(z, folded, -folded.log_abs_det);
 }
 
 double sum_of(const Tensor& tensor) {
@@ -227,5 +240,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> actnorm_conv1x1_backw
 
 STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {
   m.impl("actnorm_conv1x1", TORCH_BOX(&pygen::actnorm_conv1x1));
+  m.impl("actnorm_conv1x1_inverse", TORCH_BOX(&pygen::actnorm_conv1x1_inverse));
   m.impl("actnorm_conv1x1_backward", TORCH_BOX(&pygen::actnorm_conv1x1_backward));
 }

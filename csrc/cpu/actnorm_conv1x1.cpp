@@ -177,6 +177,24 @@ void fold(const FoldTask& task) {
   }
 }
 
+// A^-1 = S^-1 U^-1 L^-1 P^T by two triangular solves, rows at a time.
+void fold_inverse(const FoldTask& task) {
+  const int64_t n = task.n;
+  for (int64_t i = 0; i < n * n; ++i) task.weight[i] = 0;
+  for (int64_t i = 0; i < n; ++i) task.weight[task.order[i] * n + i] = 1;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < i; ++k) add_row(task.weight + i * n, task.weight + k * n, -task.lower[i * n + k], n);
+  for (int64_t i = n - 1; i >= 0; --i) {
+    double* row = task.weight + i * n;
+    for (int64_t k = i + 1; k < n; ++k) add_row(row, task.weight + k * n, -task.upper[i * n + k], n);
+    for (int64_t j = 0; j < n; ++j) row[j] /= task.diagonal[i];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) task.weight[i * n + j] /= task.scale[i];
+    task.offset[i] = -task.bias[i];
+  }
+}
+
 // A = W S, c = A b and W = P L U, backwards; S is diagonal, and the gradient of log S_j is that of S_j times S_j.
 void fold_backward(const FoldTask& task) {
   const int64_t n = task.n;
@@ -212,6 +230,6 @@ void fold_backward(const FoldTask& task) {
 }
 
 extern const MixKernels mix_kernels = {
-    {forward<float>, forward<double>}, {backward<float>, backward<double>}, fold, fold_backward};
+    {forward<float>, forward<double>}, {backward<float>, backward<double>}, fold, fold_inverse, fold_backward};
 
 PYGEN_END_LEVEL

@@ -47,6 +47,7 @@ struct MixKernels {
   void (*forward[kMixTypes])(const MixTask&, int64_t begin, int64_t end);           // samples
   void (*backward[kMixTypes])(const MixBackwardTask&, int64_t begin, int64_t end);  // blocks
   void (*fold)(const FoldTask&);
+  void (*fold_inverse)(const FoldTask&);  // weight = A^-1, offset = -bias
   void (*fold_backward)(const FoldTask&);
 };
 

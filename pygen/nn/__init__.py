@@ -1,5 +1,6 @@
 """Modules on top of pygen.ops: flow transforms, their conditioners and masks."""
 
+from pygen.nn import convert
 from pygen.nn.actnorm import ActNorm
 from pygen.nn.conditioners import MLP, ConvNet
 from pygen.nn.convolution import ActNormConv1x1, InvertibleConv1x1
@@ -30,4 +31,5 @@ __all__ = [
     "Transform",
     "alternating_mask",
     "checkerboard_mask",
+    "convert",
 ]

@@ -173,10 +173,10 @@ class ActNormConv1x1(Transform):
         fits = self.actnorm.bias.dtype == compute_dtype(x.dtype)
         return fits and x.dim() > 2 and x.stride(1) != 1 and self.convolution.decomposition == "plu"
 
-    def _fused(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _fused(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         c = self.convolution
         parameters = (self.actnorm.bias, self.actnorm.log_scale, c.lower, c.upper, c.log_diagonal, c.sign)
-        z, log_det = ops.actnorm_conv1x1(widen(x), *parameters, c.permutation)
+        z, log_det = ops.actnorm_conv1x1(widen(x), *parameters, c.permutation, inverse=inverse)
         return z.to(x.dtype), log_det
 
     def _log_abs_det(self) -> Tensor:
@@ -186,12 +186,14 @@ class ActNormConv1x1(Transform):
         _check_channels("ActNormConv1x1", x, self.convolution.channels)
         self.actnorm.initialize_once(x)
         if self._is_fused(x):
-            return self._fused(x)
+            return self._fused(x, inverse=False)
         weight = self.convolution.matrix() * self.actnorm.log_scale.double().exp()
         return _mix(x, weight, weight @ self.actnorm.bias.double()), _per_pixel(x, self._log_abs_det())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_channels("ActNormConv1x1", z, self.convolution.channels)
+        if self._is_fused(z):
+            return self._fused(z, inverse=True)
         unscale = (-self.actnorm.log_scale.double()).exp()
         weight = unscale.unsqueeze(1) * self.convolution.inverse_matrix()
         return _mix(z, weight, -self.actnorm.bias), _per_pixel(z, -self._log_abs_det())

@@ -81,6 +81,22 @@ _mix: Callable[..., Any] = operator(
     ),
 )
 
+# Inverses are for sampling and for finding inputs again: their derivative is rare, and takes the plain formula.
+_inverse_setup, _inverse_backward = derivative_through_reference(reference.actnorm_conv1x1_inverse)
+_unmix: Callable[..., Any] = operator(
+    "actnorm_conv1x1_inverse",
+    Rules(
+        "actnorm_conv1x1",
+        8,
+        reference.actnorm_conv1x1_inverse,
+        _fake,
+        _inverse_setup,
+        _inverse_backward,
+        _looped(lambda: _unmix, 8),
+        gpu="library",
+    ),
+)
+
 
 def _check(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
     for name, tensor in zip(("x", *_NAMES), (x, *parameters), strict=True):
@@ -111,6 +127,8 @@ def actnorm_conv1x1(
     log_diagonal: Tensor,
     sign: Tensor,
     permutation: Tensor,
+    *,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""The linear half of a Glow step: ActNorm and invertible 1x1 convolution, one matrix product, one kernel each way.
 
@@ -127,9 +145,10 @@ def actnorm_conv1x1(
         lower, upper: (C, C), of which the strict triangles count; L has ones on its diagonal.
         log_diagonal, sign: d and sigma, (C,).
         permutation: P, (C, C).
+        inverse: :math:`x = e^{-s} W^{-1} z - b`, W inverted by triangular solves in float64.
 
     Returns:
-        z: x's shape and dtype. log_det: (B,).
+        z (or x): x's shape and dtype. log_det: (B,).
 
     Raises:
         TypeError: dtypes that differ or are not float32 or float64. ValueError: shapes. RuntimeError: P is not a
@@ -149,4 +168,4 @@ def actnorm_conv1x1(
     """
     parameters = (bias, log_scale, lower, upper, log_diagonal, sign, permutation)
     _check(x, parameters)
-    return _mix(x, *parameters)
+    return (_unmix if inverse else _mix)(x, *parameters)

@@ -133,7 +133,7 @@ def _check(tensors: tuple[Tensor, ...], tails: str) -> None:
 
 
 def _check_options(bins: int, tail_bound: float, width: float, height: float, derivative: float) -> None:
-    if not (tail_bound > 0 and math.isfinite(tail_bound)):
+    if not 0 < tail_bound < math.inf:  # a comparison, which the compiler can trace
         raise ValueError(f"rational_quadratic_spline: tail_bound must be a positive number, got {tail_bound}")
     for name, smallest in (("min_bin_width", width), ("min_bin_height", height)):
         if not (smallest > 0 and smallest * bins <= 1):

@@ -22,15 +22,32 @@ class OpCase:
     tensors: int
     shapes: tuple[tuple[int, ...], ...]
     empty_shapes: tuple[tuple[int, ...], ...]
+    threads_shape: tuple[int, ...] = (4, 30000)  # work for more than one thread
     spread: float = 2.0  # standard deviation of the inputs
+    # What each tensor has behind the common shape; () for all when left out.
+    trailing: tuple[tuple[int, ...], ...] = ()
     # Relative error in units of the dtype's epsilon, by the norm over all elements.
     tolerance: float = 4.0
+    # Of an ill-conditioned op, how large a number inside it is rounded: its results may also err by a few times what
+    # rounding each input at that size makes of the true results.
+    rounded_at: float = 0.0
+    costly: bool = False  # a launch in Triton's interpreter takes seconds: fewer of them there
     extra: dict = field(default_factory=dict)
 
     def inputs(self, shape, dtype=torch.float64, device="cpu", seed=0) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(self.tensors)]
+        draw = [torch.randn(full, generator=generator, dtype=torch.float64) for full in self.full_shapes(shape)]
         return [(x * self.spread).to(device, dtype) for x in draw]
+
+    def rounded(self, tensors, dtype, seed) -> list[Tensor]:
+        """The tensors, each moved about as far as one rounding of `dtype` moves it."""
+        generator = torch.Generator().manual_seed(seed)
+        step = torch.finfo(dtype).eps * self.rounded_at
+        noise = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors]
+        return [x.cpu().double() + step * e for x, e in zip(tensors, noise, strict=True)]
+
+    def full_shapes(self, shape) -> list[tuple[int, ...]]:
+        return [(*shape, *more) for more in self.trailing or [()] * self.tensors]
 
     def outputs(self, tensors) -> tuple[Tensor, ...]:
         result = self.function(*tensors)
@@ -77,6 +94,51 @@ def coupling_oracle(scale_map: str, shift_first: bool, inverse: bool):
     return oracle
 
 
+def spline_oracle(bins: int, tails: str | None, inverse: bool, bound: float, smallest: tuple[float, float, float]):
+    """Bin by bin: a bin's formula is evaluated for every x, at its middle for those that lie elsewhere."""
+
+    def lengths(raw: Tensor, least: float) -> tuple[Tensor, ...]:
+        e = (raw - raw.amax(-1, keepdim=True)).exp()
+        return (2 * bound * (least + (1 - bins * least) * e / e.sum(-1, keepdim=True))).unbind(-1)
+
+    def slopes(raw: Tensor, x: Tensor) -> list[Tensor]:
+        inner = list((smallest[2] + torch.log1p(torch.exp(raw))).unbind(-1))
+        if tails == "linear":
+            return [torch.ones_like(x), *inner, torch.ones_like(x)]
+        return [*inner, inner[0]] if tails == "circular" else inner
+
+    def beyond(x: Tensor, slope: Tensor, end: float) -> tuple[Tensor, Tensor]:
+        """On the far side of an end."""
+        if tails is not None:
+            return x, torch.zeros_like(x)
+        return end + ((x - end) / slope if inverse else (x - end) * slope), -slope.log() if inverse else slope.log()
+
+    def oracle(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        w, h, d = lengths(widths, smallest[0]), lengths(heights, smallest[1]), slopes(derivatives, x)
+        below, above = beyond(x, d[0], -bound), beyond(x, d[-1], bound)
+        y, log_slope = (torch.where(x < 0, *pair) for pair in zip(below, above, strict=True))
+        x_k = y_k = torch.full_like(x, -bound)
+        for k in range(bins):
+            start, length = (y_k, h[k]) if inverse else (x_k, w[k])
+            here = (x >= start) & ((x <= bound) if k == bins - 1 else (x < start + length))
+            along = torch.where(here, x, start + length / 2) - start
+            s = h[k] / w[k]
+            bend = d[k] + d[k + 1] - 2 * s
+            xi = along / w[k]
+            if inverse:
+                a, b, c = h[k] * (s - d[k]) + along * bend, h[k] * d[k] - along * bend, -s * along
+                xi = 2 * c / (-b - (b * b - 4 * a * c).sqrt())
+            rest = xi * (1 - xi)
+            den = s + bend * rest
+            there = x_k + xi * w[k] if inverse else y_k + h[k] * (s * xi**2 + d[k] * rest) / den
+            log_here = (s**2 * (d[k + 1] * xi**2 + 2 * s * rest + d[k] * (1 - xi) ** 2) / den**2).log()
+            y, log_slope = torch.where(here, there, y), torch.where(here, -log_here if inverse else log_here, log_slope)
+            x_k, y_k = x_k + w[k], y_k + h[k]
+        return y, log_slope
+
+    return oracle
+
+
 def cumax_case(dim: int, complement: bool) -> OpCase:
     return OpCase(
         name=f"cumax-dim{dim}{'-complement' if complement else ''}",
@@ -107,6 +169,30 @@ def coupling_case(scale_map: str, shift_first: bool, inverse: bool) -> OpCase:
     )
 
 
+def spline_case(bins: int, tails: str | None, inverse: bool) -> OpCase:
+    # No 16-bit number is the bound, where the gradient jumps.
+    bound, smallest = 1.7, (2e-3, 5e-3, 1e-2)
+    names = ("min_bin_width", "min_bin_height", "min_derivative")
+    options = {"inverse": inverse, "tails": tails, "tail_bound": bound, **dict(zip(names, smallest, strict=True))}
+    derivatives = bins + {"linear": -1, "circular": 0, None: 1}[tails]
+    kind = tails or "none"
+    return OpCase(
+        name=f"spline-{kind}{bins}{'-inverse' if inverse else ''}",
+        function=lambda *tensors: ops.rational_quadratic_spline(*tensors, **options),
+        oracle=spline_oracle(bins, tails, inverse, bound, smallest),
+        operator=lambda: torch.ops.pygen.rational_quadratic_spline.default,
+        arguments=(inverse, kind, bound, *smallest),
+        tensors=4,
+        trailing=((), (bins,), (bins,), (derivatives,)),
+        shapes=((), (1,), (7, 1), (3, 63), (2, 5, 7, 3), (3, 2011)),
+        empty_shapes=((0, 4), (4, 0), (0,)),
+        threads_shape=(3, 1201),
+        spread=1.0,  # one x in eleven lies in the tails
+        rounded_at=bound,
+        costly=True,
+    )
+
+
 CASES = [
     cumax_case(-1, False),
     cumax_case(-1, True),
@@ -117,9 +203,21 @@ CASES = [
         for scale_map in ("exp", "tanh", "sigmoid", "nflows", "softplus", "atan")
         for shift_first, inverse in ((False, False), (True, False), (False, True), (True, True))
     ),
+    spline_case(8, "linear", False),
+    spline_case(8, "linear", True),
+    spline_case(5, "circular", False),
+    spline_case(16, "circular", True),
+    spline_case(5, None, False),
+    spline_case(10, None, True),
 ]
 
 # One case for each op and direction, for the tests that cost seconds.
-FEW_CASES = [case for case in CASES if case.name in ("cumax-dim-1", "cumax-dim0-complement", "affine-tanh")] + [
-    case for case in CASES if case.name == "affine-sigmoid-shift_first-inverse"
-]
+FEW_NAMES = (
+    "cumax-dim-1",
+    "cumax-dim0-complement",
+    "affine-tanh",
+    "affine-sigmoid-shift_first-inverse",
+    "spline-linear8",
+    "spline-none10-inverse",
+)
+FEW_CASES = [case for case in CASES if case.name in FEW_NAMES]

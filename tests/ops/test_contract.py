@@ -5,33 +5,42 @@ import torch
 
 from harness import INTERPRETED
 from ops.cases import CASES, FEW_CASES
+from pygen.reference._dtypes import compute_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # tests/triton_kernels has the others, kernel by kernel.
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else DTYPES
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-named_few = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.name)
+# What torch does with an op is the same for every kernel; the interpreter leaves it out where a launch takes seconds.
+FEW_QUICK_CASES = [case for case in FEW_CASES if not (INTERPRETED and case.costly)]
+named_few = pytest.mark.parametrize("case", FEW_QUICK_CASES, ids=lambda case: case.name)
 typed = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 # Triton's interpreter runs a program at a time in Python, a thousand times slower than a kernel: there every case is
 # checked for its values and gradients, without the sizes that only threads care about, and a few cases for the rest.
 LARGEST = 200 if INTERPRETED else 10**9
-named_most = named_few if INTERPRETED else named
+FEW_LAUNCHES = [case for case in FEW_CASES if case.name != "spline-linear8"]
+named_most = pytest.mark.parametrize("case", FEW_LAUNCHES, ids=lambda case: case.name) if INTERPRETED else named
 
 
 def shapes_of(case, backend):
     # The large shapes are there for the kernels' blocks and threads; the plain formulas have none.
     largest = 200 if backend == "reference" else LARGEST
-    return [shape for shape in case.shapes if torch.Size(shape).numel() <= largest]
+    shapes = [shape for shape in case.shapes if torch.Size(shape).numel() <= largest]
+    return shapes[::3] if INTERPRETED and case.costly else shapes
 
 
-def assert_close(got, want, tolerance, what=""):
-    """Relative error by the norm, in units of the result's epsilon: rounding is judged by what the result can hold."""
+def assert_close(got, want, tolerance, what="", unavoidable=0.0):
+    """Relative error by the norm, in units of the result's epsilon: rounding is judged by what the result can hold.
+
+    `unavoidable` is an error that is allowed besides, absolute.
+    """
     got, want = got.detach().cpu().double(), want.detach().double()
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places than expected"
-    error = (got - want).nan_to_num().norm() / want.nan_to_num().norm().clamp_min(1e-3)
-    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.2e}"
+    size = want.nan_to_num().norm().clamp_min(1e-3)
+    error, allowed = (got - want).nan_to_num().norm() / size, tolerance + unavoidable / size
+    assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 
 def tolerance_of(case, output, backend):
@@ -44,10 +53,35 @@ def tolerance_of(case, output, backend):
     return case.tolerance * eps * {"triton": 2, "reference": 16}.get(backend, 1)
 
 
-def assert_same(got, want, backend):
+_known: dict[tuple, tuple] = {}
+
+
+def truth_and_unavoidable(case, key, truth, tensors):
+    """The true results of `tensors`, and for each an error that no arithmetic of their precision avoids.
+
+    A spline multiplies the rounding of its knots by slopes of a hundred and loses it again in tails. No constant times
+    epsilon judges both, but how far the truth moves does: allowed is eight times the furthest that rounding the inputs
+    moved it in three tries. Plain PyTorch stays below six times that, and below four but for one case.
+
+    Costly, and the same on every kernel: computed once for each `key`.
+    """
+    if not case.rounded_at:
+        true = truth(tensors)
+        return true, [0.0] * len(true)
+    key = (case.name, tensors[0].shape, tensors[0].dtype, key)
+    if key not in _known:
+        true = truth(tensors)
+        dtype = compute_dtype(tensors[0].dtype)
+        moved = [truth(case.rounded(tensors, dtype, seed)) for seed in range(3)]
+        _known[key] = true, [8 * max((m[k] - t).norm().item() for m in moved) for k, t in enumerate(true)]
+    return _known[key]
+
+
+def assert_same(case, got, want, backend):
     """The same bits; from the plain formulas only the same values: torch's own sums depend on layout and threads."""
     if backend == "reference":
-        eps = torch.finfo(got.dtype).eps
+        # An ill-conditioned op multiplies what those sums differ by with its slopes, up to hundreds.
+        eps = torch.finfo(got.dtype).eps * (100 if case.rounded_at else 1)
         torch.testing.assert_close(got, want, rtol=8 * eps, atol=64 * eps)
     else:
         assert torch.equal(got, want)
@@ -79,8 +113,9 @@ def true_gradients(case, tensors, grads):
 def test_values_are_those_of_the_float64_formula(case, dtype, backend, backend_device, poisoned_memory):
     for shape in shapes_of(case, backend):
         tensors = case.inputs(shape, dtype, backend_device)
-        for got, want in zip(case.outputs(tensors), case.true_outputs(tensors), strict=True):
-            assert_close(got, want, tolerance_of(case, got, backend), f"{shape}")
+        true, allowed = truth_and_unavoidable(case, "values", case.true_outputs, tensors)
+        for got, want, more in zip(case.outputs(tensors), true, allowed, strict=True):
+            assert_close(got, want, tolerance_of(case, got, backend), f"{shape}", more)
 
 
 @named
@@ -89,10 +124,13 @@ def test_gradients_are_those_of_the_float64_formula(case, dtype, backend, backen
     for shape in shapes_of(case, backend):
         tensors = case.inputs(shape, dtype, backend_device)
         grads = incoming(case.outputs(tensors))
-        for got, want in zip(gradients(case, tensors, grads), true_gradients(case, tensors, grads), strict=True):
+        true, allowed = truth_and_unavoidable(
+            case, "gradients", lambda inputs, g=grads: true_gradients(case, inputs, g), tensors
+        )
+        for got, want, more in zip(gradients(case, tensors, grads), true, allowed, strict=True):
             assert got.dtype == dtype
             # The formula's own cancellations, two roundings of 16-bit inputs: twice the tolerance of values.
-            assert_close(got, want, 2 * tolerance_of(case, got, backend), f"{shape}")
+            assert_close(got, want, 2 * tolerance_of(case, got, backend), f"{shape}", more)
 
 
 @named_most
@@ -103,8 +141,8 @@ def test_an_output_that_nobody_uses_costs_no_gradient(case, backend_device):
         truth = [x.requires_grad_() for x in case.inputs((3, 20), torch.float64)]
         got = torch.autograd.grad(case.outputs(leaves)[used].sum(), leaves, allow_unused=True)
         want = torch.autograd.grad(case.true_outputs(truth)[used].sum(), truth, allow_unused=True)
-        for g, w in zip(got, want, strict=True):
-            zero = torch.zeros(3, 20, dtype=torch.float64)
+        for g, w, leaf in zip(got, want, truth, strict=True):
+            zero = torch.zeros_like(leaf)
             torch.testing.assert_close(zero if g is None else g.cpu(), zero if w is None else w, atol=1e-10, rtol=1e-10)
 
 
@@ -124,15 +162,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_strides_of_the_inputs_do_not_change_a_bit(case, layout, dtype, backend, backend_device):
-    for shape in [(3, 5, 7), (2, 6, 4, 5), (40, 30)]:
+    shapes = [(3, 5, 7), (2, 6, 4, 5), (40, 30)]
+    for shape in shapes[:1] if INTERPRETED and case.costly else shapes:
         tensors = case.inputs(shape, dtype, backend_device)
         strided = [LAYOUTS[layout](x) for x in tensors]
         copies = [x.clone() for x in strided]
         for got, want in zip(case.outputs(strided), case.outputs(tensors), strict=True):
             assert got.is_contiguous()
-            assert_same(got, want, backend)
+            assert_same(case, got, want, backend)
         for got, want in zip(gradients(case, strided), gradients(case, tensors), strict=True):
-            assert_same(got, want, backend)
+            assert_same(case, got, want, backend)
         assert all(torch.equal(x, copy) for x, copy in zip(strided, copies, strict=True)), "an input was modified"
 
 
@@ -143,19 +182,19 @@ def test_strides_of_incoming_gradients_do_not_change_a_bit(case, layout, backend
     grads = incoming(case.outputs(tensors))
     strided = [LAYOUTS[layout](g) if g.dim() > 1 else torch.stack((g, g), -1)[:, 0] for g in grads]
     for got, want in zip(gradients(case, tensors, strided), gradients(case, tensors, grads), strict=True):
-        assert_same(got, want, backend)
+        assert_same(case, got, want, backend)
 
 
 @named_most
 def test_expanded_inputs_and_gradients_equal_their_copies(case, backend, backend_device):
-    tensors = [x[:1].expand(4, 6, 5) for x in case.inputs((1, 6, 5), torch.float32, backend_device)]
+    tensors = [x.expand(4, *x.shape[1:]) for x in case.inputs((1, 6, 5), torch.float32, backend_device)]
     copies = [x.contiguous() for x in tensors]
     for got, want in zip(case.outputs(tensors), case.outputs(copies), strict=True):
-        assert_same(got, want, backend)
+        assert_same(case, got, want, backend)
     flat = [torch.ones((), device=backend_device).expand(y.shape) for y in case.outputs(tensors)]
     full = [g.contiguous() for g in flat]
     for got, want in zip(gradients(case, copies, flat), gradients(case, copies, full), strict=True):
-        assert_same(got, want, backend)
+        assert_same(case, got, want, backend)
 
 
 @named_most
@@ -175,15 +214,14 @@ def test_empty_tensors_give_empty_results(case, dtype, backend_device):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is one thread")
 @named
 def test_results_are_the_same_bits_at_one_and_two_threads_and_again(case, backend, backend_device, two_threads):
-    shape = (4, 30000)
-    tensors = case.inputs(shape, torch.float32, backend_device)
+    tensors = case.inputs(case.threads_shape, torch.float32, backend_device)
     runs = []
     for threads in (2, 1, 2):
         torch.set_num_threads(threads)
         runs.append((*case.outputs(tensors), *gradients(case, tensors)))
     for run in runs[1:]:
         for got, want in zip(run, runs[0], strict=True):
-            assert_same(got, want, backend)
+            assert_same(case, got, want, backend)
 
 
 # ---- torch's transformations -----------------------------------------------------------------------------------------
@@ -191,6 +229,8 @@ def test_results_are_the_same_bits_at_one_and_two_threads_and_again(case, backen
 
 @named_most
 def test_gradcheck_and_gradgradcheck(case, backend_device):
+    if INTERPRETED and case.costly:
+        pytest.skip("hundreds of launches, of seconds each")
     tensors = [x.requires_grad_() for x in case.inputs((2, 5), torch.float64, backend_device)]
     fast = len(CASES) > 8
     assert torch.autograd.gradcheck(case.function, tensors, fast_mode=fast)
@@ -294,7 +334,7 @@ def test_under_autocast_the_op_runs_in_float32_and_gradients_keep_their_dtype(ca
 
 @named_few
 def test_a_module_on_the_meta_device_has_the_right_shapes(case):
-    tensors = [torch.empty(3, 20, device="meta") for _ in range(case.tensors)]
+    tensors = [torch.empty(shape, device="meta") for shape in case.full_shapes((3, 20))]
     real = case.outputs(case.inputs((3, 20), torch.float32))
     for got, want in zip(case.outputs(tensors), real, strict=True):
         assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
