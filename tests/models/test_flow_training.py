@@ -7,7 +7,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
 
 from flow_models import VARIANTS, variant  # noqa: E402
-
 from pygen import data, models, training  # noqa: E402
 from pygen.models.baselines import FullGaussian  # noqa: E402
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from flow_models import VARIANTS, data_of, randomized, variant
 
+from flow_models import VARIANTS, data_of, randomized, variant
 from pygen import models
 
 all_variants = pytest.mark.parametrize("name", VARIANTS)

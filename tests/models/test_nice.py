@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import torch
-from flow_models import randomized
 
+from flow_models import randomized
 from pygen import models
 from pygen.models.base import standard_logistic_log_prob
 from pygen.models.nice import Scaling

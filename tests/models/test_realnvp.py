@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from flow_models import randomized
 
+from flow_models import randomized
 from pygen import models
 from pygen.nn import Sequential
 
