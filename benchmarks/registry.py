@@ -109,20 +109,23 @@ class Floor:
 
 @dataclass(frozen=True)
 class Target:
-    """What a case must reach: `at_least` times as fast as `peer`, or at most `at_most` times its time."""
+    """What a case must reach: `at_least` times as fast as `peer`, or at most `at_most` times its time (or memory)."""
 
     peer: str
     at_least: float | None = None
     at_most: float | None = None
+    of: str = "time"  # or "memory": the peak that one call allocates
 
     def __post_init__(self):
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"Target: give either at_least or at_most for {self.peer}")
+        if self.of not in ("time", "memory") or (self.of == "memory" and self.at_most is None):
+            raise ValueError(f"Target: at_most of time or memory, or at_least of time, got {self.of!r} of {self.peer}")
 
     def sentence(self) -> str:
         if self.at_least is not None:
             return f">= {self.at_least:g}x as fast as {self.peer}"
-        return f"<= {self.at_most:g}x the time of {self.peer}"
+        return f"<= {self.at_most:g}x the {self.of} of {self.peer}"
 
     def met(self, ours: float, peer: float) -> bool:
         if self.at_least is not None:

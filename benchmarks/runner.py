@@ -86,6 +86,7 @@ def _target_record(target: Target, ours: float | None, peer: float | None, ours_
         "peer": target.peer,
         "at_least": target.at_least,
         "at_most": target.at_most,
+        "of": target.of,
         "speedup": peer / ours if ours and peer else None,
         "met": met if ours_is_right else False,
     }
@@ -103,7 +104,11 @@ def _summarize(case: Case, record: Record) -> None:
     record["speedup_over_best_peer"] = peers[best] / ours if best and ours else None
     record["ratio_to_floor"] = ours / floor["seconds"] if ours and floor else None
     right = record["implementations"][OURS]["status"] == "ok"
-    record["targets"] = [_target_record(t, ours, median.get(t.peer), right) for t in case.targets]
+    peak = {name: entry["peak_bytes"] for name, entry in everyone.items() if "peak_bytes" in entry}
+    measured = {"time": median, "memory": peak}
+    record["targets"] = [
+        _target_record(t, measured[t.of].get(OURS), measured[t.of].get(t.peer), right) for t in case.targets
+    ]
 
 
 def run_case(

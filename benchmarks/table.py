@@ -64,7 +64,8 @@ def _target(case: dict[str, Any]) -> str:
     for target in case["targets"]:
         verdict = {True: "yes", False: "NO", None: "not measured"}[target["met"]]
         bound = f"{target['at_least']:g}x" if target["at_least"] is not None else f"<= {target['at_most']:g}"
-        texts.append(f"{verdict} ({bound} {target['peer']})")
+        of = "" if target.get("of", "time") == "time" else f"{target['of']} of "
+        texts.append(f"{verdict} ({bound} {of}{target['peer']})")
     return ", ".join(texts) or NOTHING
 
 

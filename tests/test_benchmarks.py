@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from pygen import ops
+from pygen import models, ops
 from pygen.benchmarks import measure, registry, results, runner, table
 from pygen.benchmarks.registry import Case, Floor, Inputs, Target, as_tuple, call, max_error
 
@@ -28,8 +28,23 @@ SPECIFIED = [
     ("affine_coupling", "64x24x32x32 forward+backward", "compiled", 2, None),
     ("affine_coupling", "4096x32 forward+backward", "eager", 2.5, None),
     ("affine_coupling", "4096x32 forward+backward", "compiled", 2.5, None),
+    ("rational_quadratic_spline", "65536x8 forward", "nflows", 20, None),
+    ("rational_quadratic_spline", "65536x8 forward", "compiled", 4, None),
+    ("rational_quadratic_spline", "65536x16 forward", "nflows", 15, None),
+    ("rational_quadratic_spline", "65536x16 forward", "compiled", 5, None),
+    ("rational_quadratic_spline", "65536x8 forward+backward", "nflows", 15, None),
+    ("rational_quadratic_spline", "65536x8 forward+backward", "compiled", 3, None),
+    ("rational_quadratic_spline", "65536x16 forward+backward", "nflows", 12, None),
+    ("rational_quadratic_spline", "65536x16 forward+backward", "compiled", 3, None),
+    ("glow", "step 64x12x16x16 but for the conditioner forward+backward", "eager", 3, None),
+    ("glow", "step 64x24x8x8 but for the conditioner forward+backward", "eager", 3, None),
+    ("glow", "step 64x48x4x4 but for the conditioner forward+backward", "eager", 3, None),
+    ("glow", "training step depth 32 32x12x16x16 reversible", "storing", None, 1.4),
 ]
-SMALL_CASES = [case for case in registry.cases() if torch.Size(case.shape).numel() <= 1 << 18]
+# A deep model's training step takes seconds.
+SMALL_CASES = [
+    case for case in registry.cases() if torch.Size(case.shape).numel() <= 1 << 18 and "depth" not in case.name
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,9 +108,16 @@ def test_every_specified_target_is_measured(op, name, peer, at_least, at_most):
     assert Target(peer, at_least, at_most) in case.targets
 
 
-def test_every_case_measures_a_public_op_beside_eager_and_compiled():
+def test_the_reversible_glow_has_its_bound_on_memory():
+    (case,) = [case for case in registry.cases() if case.name.endswith("reversible")]
+    assert Target("storing", at_most=1 / 8, of="memory") in case.targets
+
+
+def test_every_case_measures_a_public_op_or_model_beside_eager_and_compiled():
     for case in registry.cases():
-        assert hasattr(ops, case.op), case.label
+        assert hasattr(ops, case.op) or case.op in models.MODELS, case.label
+        if case.name.endswith("reversible"):
+            continue  # the question there is what inverting costs beside storing
         assert {"pygen", "eager", "compiled"} <= set(case.implementations), case.label
         assert case.overhead or case.floor.bytes or case.floor.flops, case.label
 
@@ -134,6 +156,9 @@ def test_a_target_is_a_bound_from_one_side():
     assert Target("peer", at_most=1.2).met(ours=1.2, peer=1.0) and not Target("peer", at_most=1.2).met(1.3, 1.0)
     with pytest.raises(ValueError, match="either at_least or at_most"):
         Target("peer", 1.0, 2.0)
+    assert Target("peer", at_most=0.5, of="memory").sentence() == "<= 0.5x the memory of peer"
+    with pytest.raises(ValueError, match="at_most of time or memory"):
+        Target("peer", 2.0, of="memory")
 
 
 # Checking
