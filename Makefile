@@ -15,7 +15,7 @@ help:
 	@echo "make test           lint, types and every test that needs no GPU"
 	@echo "make bench          measure the ops against eager and compiled PyTorch"
 	@echo "make test-gpu       the op tests on a CUDA device;  make bench-gpu  the benchmarks there"
-	@echo "make test-old-cpu   both ops under an emulated CPU without AVX (needs qemu-user)"
+	@echo "make test-old-cpu   every op under an emulated CPU without AVX (needs qemu-user)"
 	@echo "make check-aarch64  cross-compile the CPU kernels for AArch64 (needs g++-aarch64-linux-gnu)"
 	@echo "make test-sanitize  the op tests with address and undefined-behaviour sanitizers"
 

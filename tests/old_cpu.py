@@ -1,4 +1,4 @@
-"""Imports pygen and runs both ops on a CPU without AVX: `make test-old-cpu` starts this under qemu-user.
+"""Imports pygen and runs every op on a CPU without AVX: `make test-old-cpu` starts this under qemu-user.
 
 A function compiled for a newer CPU that slipped into the baseline, or into a static initialiser, ends this script with
 an illegal instruction.
@@ -20,4 +20,20 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         want, _ = reference.affine_coupling(*leaves, scale_map)
         torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
         torch.autograd.grad(y.sum() + log_det.sum(), leaves)
-print("both ops run without AVX")
+    for tails, count in (("linear", 4), ("circular", 5), ("none", 6)):
+        shapes = ((7, 9), (7, 9, 5), (7, 9, 5), (7, 9, count))
+        leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+        for inverse in (False, True):
+            y, log_det = ops.rational_quadratic_spline(
+                *leaves, inverse=inverse, tails=None if tails == "none" else tails
+            )
+            want, _ = reference.rational_quadratic_spline(*leaves, inverse, tails)
+            torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+            torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+for dtype in (torch.float64, torch.float32):
+    vector, matrix = torch.zeros(6, dtype=dtype), torch.eye(6, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (torch.randn(3, 6, 5, dtype=dtype), vector, matrix)]
+    y, log_det = ops.actnorm_conv1x1(leaves[0], vector, vector, matrix, matrix, vector, vector + 1, matrix.detach())
+    torch.testing.assert_close(y, leaves[0])
+    torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+print("every op runs without AVX")
