@@ -30,7 +30,7 @@ void check_parameter(const char* name, const Tensor& tensor, const Tensor& x, in
 }
 
 Doubles doubles(const Tensor& tensor) {
-  const Tensor flat = torch::stable::contiguous(tensor);
+  const Tensor flat = made_contiguous(tensor);
   Doubles values(flat.numel());
   if (flat.scalar_type() == ScalarType::Double) {
     std::copy_n(static_cast<const double*>(flat.const_data_ptr()), values.size(), values.begin());
@@ -134,7 +134,7 @@ struct Typed {
 
 std::tuple<Tensor, Tensor> mixed(const Tensor& x_, const Folded& folded, double log_abs_det) {
   const Shape shape = shape_of(x_);
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = made_contiguous(x_);
   Tensor z = empty_contiguous_like(x), log_det = empty_contiguous(&shape.samples, 1, x.scalar_type());
   const Typed weight(folded.weight, x.scalar_type()), offset(folded.offset, x.scalar_type());
   const MixTask task{x.const_data_ptr(),   weight.data(),  offset.data(),
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> actnorm_conv1x1_backw
     const Tensor& sign, const Tensor& permutation) {
   const Shape shape = shape_of(x_);
   Folded folded(x_, bias, log_scale, lower, upper, log_diagonal, sign, permutation);
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = made_contiguous(x_);
   const int64_t n = shape.channels, size = std::max<int64_t>(1, n * shape.pixels);
   Tensor grad_x = empty_contiguous_like(x);
   Doubles grad_weight(n * n, 0.0), grad_offset(n, 0.0);
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> actnorm_conv1x1_backw
                 "actnorm_conv1x1: the incoming gradient of z must be ", shape_string(x), " of ",
                 dtype_string(x.scalar_type()), ", got ", shape_string(*grad_z), " of ",
                 dtype_string(grad_z->scalar_type()));
-    const Tensor g = torch::stable::contiguous(*grad_z);
+    const Tensor g = made_contiguous(*grad_z);
     Doubles turned(n * n);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < n; ++j) turned[j * n + i] = folded.weight[i * n + j];

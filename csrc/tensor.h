@@ -47,6 +47,9 @@ inline Tensor empty_contiguous_like(const Tensor& x) {
   return empty_contiguous(x.sizes().data(), x.dim(), x.scalar_type());
 }
 
+// The tensor itself where it is contiguous: even then the operator costs a way through the dispatcher.
+inline Tensor made_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // "(2, 3)"
 std::string shape_string(const Tensor& x);
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pygen import models, ops
-from pygen.benchmarks import measure, registry, results, runner, table
+from pygen.benchmarks import measure, memory, registry, results, runner, table
 from pygen.benchmarks.registry import Case, Floor, Inputs, Target, as_tuple, call, max_error
 
 pytest.importorskip("typer")
@@ -484,3 +484,19 @@ def test_the_list_shows_cases_and_targets_and_measures_nothing(bench):
     done = bench("--list")
     assert done.exit_code == 0
     assert "4096x4096 forward" in done.output and ">= 1.7x as fast as compiled" in done.output
+
+
+# Memory against depth
+
+
+def test_memory_of_the_reversible_flow_does_not_grow_with_depth(tmp_path, monkeypatch, capsys):
+    for name, value in (("DEPTHS", (2, 6)), ("SHAPE", (4, 4, 6, 6)), ("HIDDEN", 16)):
+        monkeypatch.setattr(memory, name, value)
+    memory.main(json_file=tmp_path / "memory.json", plot=tmp_path / "memory.png", seconds=0.01)
+    depths = json.loads((tmp_path / "memory.json").read_text())["depths"]
+    ours, theirs = (
+        [depths[depth][kind]["peak_bytes"] for depth in ("2", "6")] for kind in ("ReversibleSequential", "Sequential")
+    )
+    assert ours[1] < 1.2 * ours[0] and theirs[1] > 2 * theirs[0]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert len(capsys.readouterr().out.splitlines()) == 3

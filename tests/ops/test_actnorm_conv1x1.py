@@ -6,9 +6,7 @@ import torch
 from harness import INTERPRETED
 from pygen import backends, ops
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED, reason="no Triton kernel: on a GPU it is a library call"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no Triton kernel: on a GPU it is a library call")
 
 # Vectors, few pixels, one vector of pixels, a ragged row of them; channels that fill tiles and that do not.
 SHAPES = [(3, 5), (3, 1, 5), (2, 4, 4, 4), (5, 12, 7, 3), (33, 24, 8, 8), (2, 48, 4, 4), (2, 13, 33, 5)]
