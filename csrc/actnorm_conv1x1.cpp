@@ -18,7 +18,7 @@ using Doubles = std::vector<double>;
 // Gradients of the weight are summed in so many parts at most, whatever the number of threads; a part's samples stay in
 // the second-level cache while they are read again for every tile of the weight.
 constexpr int64_t kMostBlocks = 16;
-constexpr int64_t kBlockElements = 16384;
+constexpr int64_t kBlockElements = 32768;
 
 void check_parameter(const char* name, const Tensor& tensor, const Tensor& x, int64_t dim) {
   const int64_t channels = x.size(1);

@@ -213,3 +213,22 @@ def test_additive_coupling_adds_and_its_inverse_subtracts(dtype):
 def test_additive_coupling_differentiates_twice():
     x, t = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True).unbind()
     assert torch.autograd.gradgradcheck(lambda x, t: ops.additive_coupling(x, t).square(), (x, t))
+
+
+@pytest.mark.parametrize(
+    ("scale_map", "largest"),
+    [
+        ("sigmoid", 1.0),
+        ("nflows", 1.001),
+        ("softplus", 3.0),
+        ("tanh", math.e),
+        ("atan", math.exp(2.0 * 0.636 * math.pi / 2)),
+        ("exp", math.inf),
+    ],
+)
+def test_the_largest_scale_is_the_choice_of_the_map_nflows_49(scale_map, largest, backend_device):
+    """nflows' default cannot expand by more than 1.001; here that is one map of six, and the caller names it."""
+    x, a = torch.tensor([[1.0], [1.0]], device=backend_device), torch.tensor([[1e5], [0.0]], device=backend_device)
+    y, log_det = ops.affine_coupling(x, a, torch.zeros_like(x), scale_map=scale_map)
+    assert y[0].item() == pytest.approx(largest, rel=1e-4)
+    assert y[1].isfinite().all() and log_det[1].isfinite()
