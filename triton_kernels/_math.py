@@ -24,6 +24,10 @@ TAN_3_PI_8 = tl.constexpr(math.tan(3 * math.pi / 8))
 # Below LOWEST exp is zero, above HIGHEST infinite.
 EXP_LOWEST_32, EXP_HIGHEST_32 = tl.constexpr(-104.0), tl.constexpr(89.0)
 EXP_LOWEST_64, EXP_HIGHEST_64 = tl.constexpr(-746.0), tl.constexpr(710.0)
+# Above these exp is a normal number.
+EXP_NORMAL_32, EXP_NORMAL_64 = tl.constexpr(-87.0), tl.constexpr(-708.0)
+# 1.5 times 2^23 and 2^52: neighbours are 1 apart on both sides, and an integer added to it stands in its last bits.
+NO_FRACTION_32, NO_FRACTION_64 = tl.constexpr(1.5 * 2**23), tl.constexpr(1.5 * 2**52)
 # Where exp(float32) in float64 stops: 2^20 of these still round to zero in float32.
 EXP_LOWEST_WIDE = tl.constexpr(-200.0)
 
@@ -126,6 +130,35 @@ def exp(x, FAST: tl.constexpr):
         return tl.exp(x)
     else:
         return _exp_accurate(x, 0.0)
+
+
+@triton.jit
+def exp_of_negative(x, FAST: tl.constexpr):
+    """e^x for x <= 0, without what `exp` pays for the ends of its range: where e^x is subnormal, and of NaN, it is 0.
+
+    x / ln 2 is rounded by adding a number that has no bits left for a fraction: the sum's last bits are the integer.
+    """
+    WIDE: tl.constexpr = x.dtype == tl.float64
+    LOWEST: tl.constexpr = EXP_NORMAL_64 if WIDE else EXP_NORMAL_32
+    inside = x > LOWEST
+    d = tl.where(inside, x, LOWEST)
+    if FAST:
+        y = tl.exp(d)
+    else:
+        if WIDE:
+            rounded = d * LOG2_E + NO_FRACTION_64
+            n = rounded - NO_FRACTION_64
+            r = (d - n * LN2_HIGH_64) - n * LN2_LOW_64
+            w = r + r * r * polynomial(r, EXP_64, EXP_DEGREE_64)
+            power = ((rounded.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
+        else:
+            rounded = d * LOG2_E + NO_FRACTION_32
+            n = rounded - NO_FRACTION_32
+            r = (d - n * LN2_HIGH_32) - n * LN2_LOW_32
+            w = r + r * r * polynomial(r, EXP_32, EXP_DEGREE_32)
+            power = ((rounded.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+        y = power + w * power
+    return tl.where(inside, y, 0.0)
 
 
 @triton.jit

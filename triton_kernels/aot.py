@@ -28,9 +28,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pygen.reference import SCALE_MAPS
+from pygen.reference.rational_quadratic_spline import derivative_count
 from pygen.triton_kernels import _common
-from pygen.triton_kernels.affine_coupling import affine_coupling, affine_coupling_backward
+from pygen.triton_kernels.affine_coupling import (
+    affine_coupling,
+    affine_coupling_backward,
+    affine_coupling_halves,
+    affine_coupling_halves_backward,
+)
 from pygen.triton_kernels.cumax import cumax, cumax_backward
+from pygen.triton_kernels.rational_quadratic_spline import rational_quadratic_spline, rational_quadratic_spline_backward
 
 KIB = 1024
 
@@ -111,10 +118,78 @@ def _affine_coupling_cases() -> Iterator[Case]:
     yield from _affine_case(" of log_det alone", torch.float32, "tanh", False, grads="log_det")
 
 
+def _affine_coupling_halves_cases() -> Iterator[Case]:
+    """The same kernels with results strided by sample, and the shift's gradient of either kind, or zero."""
+    for scale_map, dtype, shift_first, inverse in (
+        ("tanh", torch.float32, False, False),
+        ("sigmoid", torch.float32, True, False),
+        ("atan", torch.float64, False, True),
+        ("nflows", torch.bfloat16, True, True),
+    ):
+        x = _meta(64, 24, 32, 32, dtype=dtype)
+        log_det = _meta(64, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        options = (x, x, 1, False, scale_map, shift_first, 2.0, inverse)
+        label = f"{scale_map}{' shift first' * shift_first}{' inverse' * inverse} {TRITON_TYPES[dtype]}"
+        yield f"forward {label}", partial(affine_coupling_halves, *options)
+        yield f"backward {label}", partial(affine_coupling_halves_backward, x, log_det, *options)
+    yield "backward log_det alone", partial(affine_coupling_halves_backward, None, log_det, *options)
+
+
+def _spline_case(
+    bins: int,
+    dtype: torch.dtype,
+    inverse: bool = False,
+    tails: str = "linear",
+    image: bool = False,
+    grads: str = "both",
+) -> Iterator[Case]:
+    """The forward and backward pass on views of a conditioner's output: packed rows, or channels of an image."""
+    counts = (bins, bins, derivative_count(bins, tails))
+    shape = (16, 12, 32, 32) if image else (1024, 64)
+    x, log_det = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype if dtype == torch.float64 else torch.float32)
+    if image:
+        packed = _meta(16, 12 * sum(counts), 32, 32, dtype=dtype).unflatten(1, (12, sum(counts))).movedim(2, -1)
+    else:
+        packed = _meta(*shape, sum(counts), dtype=dtype)
+    options = (*packed.split(counts, -1), inverse, tails, 3.0, 1e-3, 1e-3, 1e-3)
+    label = f"{tails} {bins} {TRITON_TYPES[dtype]}{' inverse' if inverse else ''}{' image' if image else ''}"
+    if grads == "both":
+        yield f"forward {label}", partial(rational_quadratic_spline, x, *options)
+    given = (None if grads == "log_det" else x, None if grads == "y" else log_det)
+    of = "" if grads == "both" else f" of {grads} alone"
+    yield f"backward {label}{of}", partial(rational_quadratic_spline_backward, *given, x, *options)
+
+
+def _spline_cases() -> Iterator[Case]:
+    """Each dtype and direction with few and many bins, each kind of tails, each layout, one gradient alone."""
+    single, double, bf16, fp16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for bins in (8, 16):
+        for inverse in (False, True):
+            yield from _spline_case(bins, single, inverse)
+            yield from _spline_case(bins, double, inverse)
+    yield from _spline_case(8, bf16)
+    yield from _spline_case(8, fp16, inverse=True)
+    for image_bins, inverse in ((8, False), (16, True)):
+        yield from _spline_case(image_bins, single, inverse, image=True)
+    yield from _spline_case(5, single, tails="circular")
+    yield from _spline_case(10, single, inverse=True, tails="none")
+    yield from _spline_case(1, single, tails="circular")
+    # More bins than a thread holds: half a warp, or a warp, or several, share an element.
+    for bins, dtype in ((32, single), (32, double), (100, single), (100, double), (1000, single)):
+        yield from _spline_case(bins, dtype)
+    for grads in ("y", "log_det"):
+        yield from _spline_case(8, single, grads=grads)
+    # More elements than 32 bits count.
+    huge = (_meta(2**31 + 64, *more, dtype=bf16) for more in ((), (8,), (8,), (7,)))
+    yield "forward huge", partial(rational_quadratic_spline, *huge, False, "linear", 3.0, 1e-3, 1e-3, 1e-3)
+
+
 # Op -> its cases: (name, a call of its launcher on meta tensors).
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cumax": _cumax_cases,
     "affine_coupling": _affine_coupling_cases,
+    "affine_coupling_halves": _affine_coupling_halves_cases,
+    "rational_quadratic_spline": _spline_cases,
 }
 
 
