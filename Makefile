@@ -68,6 +68,7 @@ test-gpu:
 
 bench-gpu:
 	$(PYTHON) -m pygen.benchmarks --peers --device cuda --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
+	$(PYTHON) -m pygen.benchmarks.memory --device cuda --json benchmarks/results/gpu-memory.json --plot benchmarks/results/gpu-memory.png
 
 # ---- run now and then ----------------------------------------------------------------------------------------------
 # Nehalem is a 64-bit CPU of 2008: SSE4.2, no AVX.
