@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "actnorm_conv1x1(Tensor x, Tensor bias, Tensor log_scale, Tensor lower, Tensor upper, Tensor log_diagonal, "
       "Tensor sign, Tensor permutation) -> (Tensor, Tensor)");
   m.def(
+      "actnorm_conv1x1_inverse(Tensor z, Tensor bias, Tensor log_scale, Tensor lower, Tensor upper, "
+      "Tensor log_diagonal, Tensor sign, Tensor permutation) -> (Tensor, Tensor)");
+  m.def(
       "actnorm_conv1x1_backward(Tensor? grad_z, Tensor? grad_log_det, Tensor x, Tensor bias, Tensor log_scale, "
       "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pygen.reference import SCALE_MAPS
-from pygen.reference.affine_coupling import FREIA_ATAN_GAIN
+from pygen.reference.affine_coupling import FREIA_ATAN_GAIN, join_halves, shift_gradient, split_halves
 from pygen.reference.affine_coupling import NFLOWS_FLOOR as _FLOOR
 from pygen.reference.affine_coupling import NFLOWS_SOFTPLUS_CEILING as _CEILING
 from pygen.reference.affine_coupling import SIGMOID_OFFSET as _OFFSET
@@ -113,6 +113,7 @@ def affine_coupling_kernel(
     d2,
     gain_high,
     gain_low,
+    y_stride,
     x_strides,
     scale_strides,
     shift_strides,
@@ -125,7 +126,7 @@ def affine_coupling_kernel(
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y: (batch, size) contiguous, sums: (batch, blocks) partial log-determinants."""
+    """y: (batch, size), a sample contiguous, sums: (batch, blocks) partial log-determinants."""
     samples, e, mask, block = _tile(batch, size, blocks, S, BLOCK, WIDE_INDEX)
     x = _load(x_pointer, x_strides, samples, e, d1, d2, mask, DIMS)
     a = _load(scale_pointer, scale_strides, samples, e, d1, d2, mask, DIMS)
@@ -136,7 +137,7 @@ def affine_coupling_kernel(
         log_s = -log_s
     else:
         y = (x + t) * s if SHIFT_FIRST else x * s + t
-    tl.store(y_pointer + (samples * size)[:, None] + e[None, :], y, mask=mask)
+    tl.store(y_pointer + (samples * y_stride)[:, None] + e[None, :], y, mask=mask)
     total = tl.sum(tl.where(mask, log_s, 0.0), 1)
     tl.store(sums_pointer + samples * blocks + block, total, mask=samples < batch)
 
@@ -150,6 +151,7 @@ def affine_coupling_backward_kernel(
     shift_pointer,
     grad_x_pointer,
     grad_scale_pointer,
+    grad_shift_pointer,
     batch,
     size,
     blocks,
@@ -157,6 +159,8 @@ def affine_coupling_backward_kernel(
     d2,
     gain_high,
     gain_low,
+    grad_x_stride,
+    grad_parameters_stride,
     grad_log_det_stride,
     grad_y_strides,
     x_strides,
@@ -171,14 +175,18 @@ def affine_coupling_backward_kernel(
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_x, grad_scale: (batch, size) contiguous. A gradient that is None is zero and is not read."""
+    """grad_x, grad_scale, and grad_shift if it is wanted: (batch, size), a sample contiguous. An incoming gradient that
+    is None is zero and is not read."""
     samples, e, mask, _ = _tile(batch, size, blocks, S, BLOCK, WIDE_INDEX)
     a = _load(scale_pointer, scale_strides, samples, e, d1, d2, mask, DIMS)
     _, s, slope = _log_scale(a, _gain(gain_high, gain_low, a), MAP, FAST)
-    at = (samples * size)[:, None] + e[None, :]
+    grad_x_at = (samples * grad_x_stride)[:, None] + e[None, :]
+    parameters_at = (samples * grad_parameters_stride)[:, None] + e[None, :]
     grad_a = tl.zeros_like(a)
     if grad_y_pointer is None:
-        tl.store(grad_x_pointer + at, grad_a, mask=mask)
+        tl.store(grad_x_pointer + grad_x_at, grad_a, mask=mask)
+        if grad_shift_pointer is not None:
+            tl.store(grad_shift_pointer + parameters_at, grad_a, mask=mask)
     else:
         g = _load(grad_y_pointer, grad_y_strides, samples, e, d1, d2, mask, DIMS)
         # w is the factor that s multiplies; the shift is in it only if it was added before scaling.
@@ -187,13 +195,16 @@ def affine_coupling_backward_kernel(
             t = _load(shift_pointer, shift_strides, samples, e, d1, d2, mask, DIMS)
             w = w - t if INVERSE else w + t
         grad_x = divide(g, s, FAST) if INVERSE else g * s
-        tl.store(grad_x_pointer + at, grad_x, mask=mask)
+        tl.store(grad_x_pointer + grad_x_at, grad_x, mask=mask)
+        if grad_shift_pointer is not None:
+            grad_t = grad_x if SHIFT_FIRST != INVERSE else g
+            tl.store(grad_shift_pointer + parameters_at, -grad_t if INVERSE else grad_t, mask=mask)
         grad_a = grad_x * w
     if grad_log_det_pointer is not None:
         per_sample = tl.load(grad_log_det_pointer + samples * grad_log_det_stride, mask=samples < batch, other=0.0)
         grad_a += per_sample.to(a.dtype)[:, None]
     grad_a = (-grad_a if INVERSE else grad_a) * slope
-    tl.store(grad_scale_pointer + at, grad_a, mask=mask)
+    tl.store(grad_scale_pointer + parameters_at, grad_a, mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -262,23 +273,62 @@ def _options(plan: _Plan, scale_map: str, shift_first: bool, inverse: bool) -> d
     return {"MAP": scale_map, "SHIFT_FIRST": shift_first, "INVERSE": inverse, **plan.constants}
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in _common.SIXTEEN_BIT else x.dtype
+
+
+def _forward_into(
+    y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, scale_map: str, shift_first: bool, clamp: float, inverse: bool
+) -> Tensor:
+    """Writes y, like x with contiguous samples, and returns log_det (B,)."""
+    if x.numel() == 0:
+        return torch.zeros(x.size(0), dtype=_sum_dtype(x), device=x.device)
+    plan = _plan(x, scale, shift)
+    batch, _, blocks, _, _ = plan.sizes
+    sums = torch.empty((batch, blocks), dtype=_sum_dtype(x), device=x.device)
+    gain = _split_gain(scale_map, clamp)
+    args = (*plan.tensors, y, sums, *plan.sizes, *gain, y.stride(0), *plan.strides)
+    options = _options(plan, scale_map, shift_first, inverse)
+    _common.launch(affine_coupling_kernel, plan.programs, x, args, options, plan.num_warps)
+    # torch sums a dimension in an order that depends on the shape alone.
+    return sums.view(batch) if blocks == 1 else sums.sum(1)
+
+
+def _backward_into(
+    grad_x: Tensor,
+    grad_scale: Tensor,
+    grad_shift: Tensor | None,
+    grad_y: Tensor | None,
+    grad_log_det: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    scale_map: str,
+    shift_first: bool,
+    clamp: float,
+    inverse: bool,
+) -> None:
+    """Writes the gradients, like x with contiguous samples; the parameters' have one stride between samples."""
+    if x.numel() == 0:
+        return
+    plan = _plan(grad_y, x, scale, shift)
+    grad_y, *rest = plan.tensors
+    gain = _split_gain(scale_map, clamp)
+    strides = (grad_x.stride(0), grad_scale.stride(0), 0 if grad_log_det is None else grad_log_det.stride(0))
+    results = (grad_x, grad_scale, grad_shift)
+    args = (grad_y, grad_log_det, *rest, *results, *plan.sizes, *gain, *strides, *plan.strides)
+    options = _options(plan, scale_map, shift_first, inverse)
+    _common.launch(affine_coupling_backward_kernel, plan.programs, x, args, options, plan.num_warps)
+
+
 def affine_coupling(
     x: Tensor, scale: Tensor, shift: Tensor, scale_map: str, shift_first: bool, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.pygen.affine_coupling` on a GPU: (y like x, contiguous; log_det (B,)), any strides."""
     _check(x, scale_map)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sum_dtype = torch.float32 if x.dtype in _common.SIXTEEN_BIT else x.dtype
-    if x.numel() == 0:
-        return y, torch.zeros(x.size(0), dtype=sum_dtype, device=x.device)
-    plan = _plan(x, scale.expand_as(x), shift.expand_as(x))
-    batch, _, blocks, _, _ = plan.sizes
-    sums = torch.empty((batch, blocks), dtype=sum_dtype, device=x.device)
-    args = (*plan.tensors, y, sums, *plan.sizes, *_split_gain(scale_map, clamp), *plan.strides)
-    options = _options(plan, scale_map, shift_first, inverse)
-    _common.launch(affine_coupling_kernel, plan.programs, x, args, options, plan.num_warps)
-    # torch sums a dimension in an order that depends on the shape alone.
-    return y, sums.view(batch) if blocks == 1 else sums.sum(1)
+    parameters = scale.expand_as(x), shift.expand_as(x)
+    return y, _forward_into(y, x, *parameters, scale_map, shift_first, clamp, inverse)
 
 
 def affine_coupling_backward(
@@ -296,14 +346,77 @@ def affine_coupling_backward(
     _check(x, scale_map)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_scale = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
-    if x.numel() == 0:
-        return grad_x, grad_scale
     grad_y = None if grad_y is None else grad_y.expand_as(x)
-    plan = _plan(grad_y, x, scale.expand_as(x), shift.expand_as(x))
-    grad_y, *rest = plan.tensors
-    stride = 0 if grad_log_det is None else grad_log_det.stride(0)
-    gain = _split_gain(scale_map, clamp)
-    args = (grad_y, grad_log_det, *rest, grad_x, grad_scale, *plan.sizes, *gain, stride, *plan.strides)
-    options = _options(plan, scale_map, shift_first, inverse)
-    _common.launch(affine_coupling_backward_kernel, plan.programs, x, args, options, plan.num_warps)
+    given = (grad_y, grad_log_det, x, scale.expand_as(x), shift.expand_as(x))
+    _backward_into(grad_x, grad_scale, None, *given, scale_map, shift_first, clamp, inverse)
     return grad_x, grad_scale
+
+
+# ---- by halves -------------------------------------------------------------------------------------------------------
+# The kernels write the active half of every sample where it belongs, torch copies the passive half. Where dimensions
+# in front of the split one cut a sample's half into pieces, torch.cat puts it together.
+
+
+def _in_one_piece(x: Tensor, dim: int) -> bool:
+    """Whether each half of a sample is contiguous memory in a contiguous tensor."""
+    return all(size == 1 for size in x.shape[1 : dim % x.dim()])
+
+
+def affine_coupling_halves(
+    x: Tensor,
+    parameters: Tensor,
+    dim: int,
+    swap: bool,
+    scale_map: str,
+    shift_first: bool,
+    clamp: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.pygen.affine_coupling_halves` on a GPU: (z like x, contiguous; log_det (B,)), any strides."""
+    _check(x, scale_map)
+    passive, active = split_halves(x, dim, swap)
+    scale, shift = parameters.chunk(2, dim)
+    options = (scale_map, shift_first, clamp, inverse)
+    if not _in_one_piece(x, dim):
+        y, log_det = affine_coupling(active, scale, shift, *options)
+        return join_halves(passive, y, dim, swap), log_det
+    z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    z_passive, z_active = split_halves(z, dim, swap)
+    z_passive.copy_(passive)
+    return z, _forward_into(z_active, active, scale, shift, *options)
+
+
+def affine_coupling_halves_backward(
+    grad_z: Tensor | None,
+    grad_log_det: Tensor | None,
+    x: Tensor,
+    parameters: Tensor,
+    dim: int,
+    swap: bool,
+    scale_map: str,
+    shift_first: bool,
+    clamp: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.pygen.affine_coupling_halves_backward` on a GPU: (grad_x, grad_parameters), contiguous."""
+    _check(x, scale_map)
+    _, active = split_halves(x, dim, swap)
+    given = (grad_log_det, active, *parameters.chunk(2, dim))
+    passive_grad, grad_y = (None, None) if grad_z is None else split_halves(grad_z, dim, swap)
+    options = (scale_map, shift_first, clamp, inverse)
+    if not _in_one_piece(x, dim):
+        grad_active, grad_scale = affine_coupling_backward(grad_y, *given, *options)
+        grad_shift = torch.zeros_like(grad_scale)
+        if grad_y is not None:
+            grad_shift = shift_gradient(grad_y, grad_active, shift_first, inverse)
+        passive_grad = x.new_zeros(()).expand_as(split_halves(x, dim, swap)[0]) if grad_z is None else passive_grad
+        return join_halves(passive_grad, grad_active, dim, swap), torch.cat((grad_scale, grad_shift), dim)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_parameters = torch.empty(parameters.shape, dtype=parameters.dtype, device=x.device)
+    to_passive, to_active = split_halves(grad_x, dim, swap)
+    if passive_grad is None:
+        to_passive.zero_()
+    else:
+        to_passive.copy_(passive_grad)
+    _backward_into(to_active, *grad_parameters.chunk(2, dim), grad_y, *given, *options)
+    return grad_x, grad_parameters

@@ -81,22 +81,93 @@ PYGEN_INLINE bool lies_ready(const CouplingOperand& operand, const Span& span) {
          (span.samples == 1 || operand.sample_stride == span.length);
 }
 
+PYGEN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A walk over one sample's elements in their order, run by run: `rest` elements lie one stride apart from `offset` on.
+// Divisions are done once, at its beginning.
+class Walk {
+ public:
+  __attribute__((always_inline)) Walk(const CouplingOperand& operand, int64_t at)
+      : operand_(operand), inner_(operand.dims - 1) {
+    offset = 0;
+    for (int d = inner_; d > 0; --d) {
+      index_[d] = at % operand.size[d];
+      at /= operand.size[d];
+      offset += index_[d] * operand.stride[d];
+    }
+    index_[0] = at;
+    offset += at * operand.stride[0];
+  }
+  __attribute__((always_inline)) int64_t rest() const { return operand_.size[inner_] - index_[inner_]; }
+  __attribute__((always_inline)) int64_t stride() const { return operand_.stride[inner_]; }
+  // n: at most rest().
+  __attribute__((always_inline)) void advance(int64_t n) {
+    index_[inner_] += n;
+    offset += n * operand_.stride[inner_];
+    for (int d = inner_; d > 0 && index_[d] == operand_.size[d]; --d) {
+      offset += operand_.stride[d - 1] - index_[d] * operand_.stride[d];
+      index_[d] = 0;
+      ++index_[d - 1];
+    }
+  }
+  int64_t offset;
+
+ private:
+  const CouplingOperand& operand_;
+  const int inner_;
+  int64_t index_[kMaxOperandDims];
+};
+
+class RowWalk {
+ public:
+  __attribute__((always_inline)) RowWalk(const CouplingResult& result, int64_t at)
+      : offset(at), result_(result), column_(at) {
+    if (at < result.row) return;
+    column_ = at % result.row;
+    offset = at / result.row * result.row_stride + column_;
+  }
+  __attribute__((always_inline)) int64_t rest() const { return result_.row - column_; }
+  __attribute__((always_inline)) void advance(int64_t n) {
+    column_ += n;
+    offset += n;
+    if (column_ == result_.row) offset += result_.row_stride - result_.row, column_ = 0;
+  }
+  int64_t offset;
+
+ private:
+  const CouplingResult& result_;
+  int64_t column_;
+};
+
+// Neighbours from src to dst, widened or rounded where the types differ. A row may be as short as a vector: with
+// gather()'s and memcpy's ways to find out, a batch of them takes twice as long.
+template <typename In, typename Out>
+PYGEN_INLINE void copy_row(const In* src, int64_t n, Out* dst) {
+  if constexpr (sizeof(In) > sizeof(Out)) {
+    scatter(src, 1, n, dst);
+  } else if constexpr (sizeof(In) < sizeof(Out)) {
+    gather(src, 1, n, dst);
+  } else if constexpr (sizeof(In) == 2) {
+    memcpy(dst, src, n * sizeof(In));
+  } else {
+    int64_t i = 0;
+    for (; i + VecOf<In>::lanes <= n; i += VecOf<In>::lanes) store(dst + i, load(src + i));
+    if (i < n) memcpy(dst + i, src + i, (n - i) * sizeof(In));
+  }
+}
+
 template <typename In>
 void gather_sample(const CouplingOperand& operand, const In* data, int64_t start, int64_t n, compute_t<In>* out) {
-  const int inner = operand.dims - 1;
-  if (inner == 0) return gather(data + start * operand.stride[0], operand.stride[0], n, out);
-  int64_t done = 0;
-  while (done < n) {
-    int64_t rest = start + done, offset = 0;
-    const int64_t column = rest % operand.size[inner];
-    rest /= operand.size[inner];
-    for (int d = inner - 1; d >= 0; --d) {
-      offset += rest % operand.size[d] * operand.stride[d];
-      rest /= operand.size[d];
+  Walk from(operand, start);
+  for (int64_t done = 0; done < n;) {
+    const int64_t length = smaller(from.rest(), n - done);
+    if (from.stride() == 1) {
+      copy_row(data + from.offset, length, out + done);
+    } else {
+      gather(data + from.offset, from.stride(), length, out + done);
     }
-    const int64_t run = operand.size[inner] - column < n - done ? operand.size[inner] - column : n - done;
-    gather(data + offset + column * operand.stride[inner], operand.stride[inner], run, out + done);
-    done += run;
+    from.advance(length);
+    done += length;
   }
 }
 
@@ -110,6 +181,11 @@ const compute_t<In>* fetch(const CouplingOperand& operand, const Span& span, com
   }
   const In* data = static_cast<const In*>(operand.data) + span.sample * operand.sample_stride;
   if (lies_ready<In>(operand, span)) return reinterpret_cast<const T*>(data + span.start);
+  if (operand.dims == 1 && operand.stride[0] == 1) {
+    for (int64_t s = 0; s < span.samples; ++s)
+      copy_row(data + s * operand.sample_stride + span.start, span.length, scratch + s * span.length);
+    return scratch;
+  }
   for (int64_t s = 0; s < span.samples; ++s)
     gather_sample(operand, data + s * operand.sample_stride, span.start, span.length, scratch + s * span.length);
   return scratch;
@@ -215,50 +291,122 @@ double sum_of(const T* values, int64_t n) {
 
 // ---- blocks ----------------------------------------------------------------------------------------------------------
 
-// The output itself where it is of the computing type, else scratch that finish() rounds into it.
+PYGEN_INLINE bool in_one_block(const CouplingResult& result, const Span& span) {
+  return span.start + span.length <= result.row && (span.samples == 1 || result.sample_stride == span.length);
+}
+
+// Where to compute a span of `result`: there itself where it is of the computing type and in one block, else in scratch
+// that finish() brings there, rounded.
 template <typename Out>
-PYGEN_INLINE compute_t<Out>* place(Out* out, compute_t<Out>* scratch) {
-  return sizeof(Out) == sizeof(compute_t<Out>) ? reinterpret_cast<compute_t<Out>*>(out) : scratch;
+PYGEN_INLINE compute_t<Out>* place(const CouplingResult& result, const Span& span, compute_t<Out>* scratch) {
+  if (sizeof(Out) != sizeof(compute_t<Out>) || !in_one_block(result, span)) return scratch;
+  return static_cast<compute_t<Out>*>(result.data) + span.sample * result.sample_stride + span.start;
 }
 
 template <typename Out>
-PYGEN_INLINE void finish(const compute_t<Out>* computed, Out* out, int64_t n) {
-  if (sizeof(Out) != sizeof(compute_t<Out>)) scatter(computed, 1, n, out);
-}
-
-// Calls chunk(span, where the span begins in a contiguous tensor) over one block; small samples go many to a chunk.
-template <typename Chunk>
-PYGEN_INLINE void over_chunks(const CouplingTask& task, int64_t block, Chunk chunk) {
-  const int64_t size = task.sample_size;
-  const int64_t first = task.parts > 1 ? block / task.parts : block * task.samples_per_block;
-  const int64_t count = task.samples - first < task.samples_per_block ? task.samples - first : task.samples_per_block;
-  if (size <= kChunk) {
-    const int64_t at_once = kChunk / size;
-    for (int64_t done = 0; done < count; done += at_once) {
-      const int64_t sample = first + done;
-      chunk(Span{sample, count - done < at_once ? count - done : at_once, 0, size}, sample * size);
-    }
+void finish(const compute_t<Out>* computed, const compute_t<Out>* scratch, const CouplingResult& result,
+            const Span& span) {
+  if (computed != scratch) return;
+  Out* out = static_cast<Out*>(result.data) + span.sample * result.sample_stride;
+  if (in_one_block(result, span)) return scatter(computed, 1, span.size(), out + span.start);
+  if (span.start + span.length <= result.row) {
+    for (int64_t s = 0; s < span.samples; ++s)
+      copy_row(computed + s * span.length, span.length, out + s * result.sample_stride + span.start);
     return;
   }
-  const int64_t begin = task.parts > 1 ? block % task.parts * task.part_size : 0;
-  const int64_t end = task.parts > 1 && begin + task.part_size < size ? begin + task.part_size : size;
-  for (int64_t sample = first; sample < first + count; ++sample)
+  for (int64_t s = 0; s < span.samples; ++s) {
+    RowWalk to(result, span.start);
+    for (int64_t done = 0; done < span.length;) {
+      const int64_t length = smaller(to.rest(), span.length - done);
+      copy_row(computed + done, length, out + to.offset);
+      to.advance(length);
+      done += length;
+    }
+    computed += span.length;
+    out += result.sample_stride;
+  }
+}
+
+// What one block computes: samples first, ..., first + count - 1, or one part of one sample.
+struct Block {
+  int64_t first, count, part;
+};
+
+PYGEN_INLINE Block block_of(const CouplingTask& task, int64_t index) {
+  if (task.parts > 1) return {index / task.parts, 1, index % task.parts};
+  const int64_t first = index * task.samples_per_block;
+  return {first, smaller(task.samples - first, task.samples_per_block), 0};
+}
+
+// Calls chunk(span) over one block; small samples go many to a chunk.
+template <typename Chunk>
+PYGEN_INLINE void over_chunks(const CouplingTask& task, const Block& block, Chunk chunk) {
+  const int64_t size = task.sample_size;
+  if (size <= kChunk) {
+    const int64_t at_once = kChunk / size;
+    for (int64_t done = 0; done < block.count; done += at_once)
+      chunk(Span{block.first + done, smaller(block.count - done, at_once), 0, size});
+    return;
+  }
+  const int64_t begin = block.part * task.part_size;
+  const int64_t end = task.parts > 1 ? smaller(begin + task.part_size, size) : size;
+  for (int64_t sample = block.first; sample < block.first + block.count; ++sample)
     for (int64_t start = begin; start < end; start += kChunk)
-      chunk(Span{sample, 1, start, end - start < kChunk ? end - start : kChunk}, sample * size + start);
+      chunk(Span{sample, 1, start, smaller(end - start, kChunk)});
+}
+
+// The block's share of the passive part: of its samples all, or as many elements as it has of its sample's parts.
+template <typename In>
+void copy_passive(const CouplingTask& task, const Block& block) {
+  const CouplingOperand& from = task.passive;
+  const CouplingResult& to = task.passive_copy;
+  const int64_t begin = task.passive_size * block.part / task.parts;
+  const int64_t end = task.passive_size * (block.part + 1) / task.parts;
+  for (int64_t sample = block.first; sample < block.first + block.count; ++sample) {
+    In* target = static_cast<In*>(to.data) + sample * to.sample_stride;
+    RowWalk write(to, begin);
+    if (!from.data) {
+      for (int64_t at = begin, length; at < end; at += length) {
+        length = smaller(write.rest(), end - at);
+        memset(target + write.offset, 0, length * sizeof(In));
+        write.advance(length);
+      }
+      continue;
+    }
+    const In* source = static_cast<const In*>(from.data) + sample * from.sample_stride;
+    if (from.dims == 1 && from.stride[0] == 1 && end <= to.row) {
+      copy_row(source + begin, end - begin, target + begin);
+      continue;
+    }
+    Walk read(from, begin);
+    for (int64_t at = begin, length; at < end; at += length) {
+      length = smaller(smaller(write.rest(), read.rest()), end - at);
+      const In* src = source + read.offset;
+      In* dst = target + write.offset;
+      if (read.stride() == 1) {
+        copy_row(src, length, dst);
+      } else {
+        for (int64_t i = 0; i < length; ++i) dst[i] = src[i * read.stride()];
+      }
+      read.advance(length);
+      write.advance(length);
+    }
+  }
 }
 
 template <typename In, ScaleMap map>
 void forward(const CouplingTask& task, int64_t begin, int64_t end) {
   using T = compute_t<In>;
   alignas(64) T x_buffer[kChunk], scale_buffer[kChunk], shift_buffer[kChunk], y_buffer[kChunk], log_s[kChunk];
-  In* y = static_cast<In*>(task.y);
   const double sign = task.inverse ? -1 : 1;
-  for (int64_t block = begin; block < end; ++block) {
-    over_chunks(task, block, [&](const Span& span, int64_t at) {
-      T* computed = place(y + at, y_buffer);
+  for (int64_t index = begin; index < end; ++index) {
+    const Block block = block_of(task, index);
+    if (task.passive_size > 0) copy_passive<In>(task, block);
+    over_chunks(task, block, [&](const Span& span) {
+      T* computed = place<In>(task.y, span, y_buffer);
       forward_chunk<map>(fetch<In>(task.x, span, x_buffer), fetch<In>(task.scale, span, scale_buffer),
                          fetch<In>(task.shift, span, shift_buffer), computed, log_s, span.size(), task);
-      finish(computed, y + at, span.size());
+      finish<In>(computed, y_buffer, task.y, span);
       double* log_det = task.log_det + span.sample * task.parts + span.start / task.part_size;
       for (int64_t s = 0; s < span.samples; ++s)
         log_det[s * task.parts] += sign * sum_of(log_s + s * span.length, span.length);
@@ -266,30 +414,48 @@ void forward(const CouplingTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// The shift's gradient is one that is at hand, up to its sign: x's where the shift stands beside x under the scale, y's
+// otherwise.
+template <typename T>
+void copy_signed(const T* __restrict grad, bool negative, int64_t n, T* __restrict out) {
+  if (negative) {
+    for (int64_t i = 0; i < n; ++i) out[i] = -grad[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = grad[i];
+  }
+}
+
 template <typename In, ScaleMap map>
 void backward(const CouplingTask& task, int64_t begin, int64_t end) {
   using T = compute_t<In>;
   alignas(64) T x_buffer[kChunk], scale_buffer[kChunk], shift_buffer[kChunk], grad_buffer[kChunk], l[kChunk];
-  alignas(64) T dx_buffer[kChunk], da_buffer[kChunk];
-  In* dx = static_cast<In*>(task.y);
-  In* da = static_cast<In*>(task.grad_scale);
+  alignas(64) T dx_buffer[kChunk], da_buffer[kChunk], dt_buffer[kChunk];
   const T* grad_log_det = static_cast<const T*>(task.grad_log_det);
   // The shift enters the derivative only where it stands beside x under the scale.
   const bool needs_shift = task.shift_first != task.inverse;
-  for (int64_t block = begin; block < end; ++block) {
-    over_chunks(task, block, [&](const Span& span, int64_t at) {
+  const bool of_y = task.grad_y.data != nullptr;
+  for (int64_t index = begin; index < end; ++index) {
+    const Block block = block_of(task, index);
+    if (task.passive_size > 0) copy_passive<In>(task, block);
+    over_chunks(task, block, [&](const Span& span) {
       for (int64_t s = 0; s < span.samples; ++s) {
         const T value = grad_log_det ? grad_log_det[(span.sample + s) * task.grad_log_det_stride] : T(0);
         for (int64_t i = 0; i < span.length; ++i) l[s * span.length + i] = value;
       }
-      T* computed_dx = place(dx + at, dx_buffer);
-      T* computed_da = place(da + at, da_buffer);
-      backward_chunk<map>(fetch<In>(task.grad_y, span, grad_buffer), l, fetch<In>(task.x, span, x_buffer),
-                          fetch<In>(task.scale, span, scale_buffer),
-                          needs_shift ? fetch<In>(task.shift, span, shift_buffer) : nullptr, computed_dx, computed_da,
-                          span.size(), task);
-      finish(computed_dx, dx + at, span.size());
-      finish(computed_da, da + at, span.size());
+      const T* g = fetch<In>(task.grad_y, span, grad_buffer);
+      T* dx = place<In>(task.y, span, dx_buffer);
+      T* da = place<In>(task.grad_scale, span, da_buffer);
+      backward_chunk<map>(g, l, fetch<In>(task.x, span, x_buffer), fetch<In>(task.scale, span, scale_buffer),
+                          needs_shift ? fetch<In>(task.shift, span, shift_buffer) : nullptr, dx, da, span.size(), task);
+      // The log-determinant does not depend on x, not even where an infinite scale makes 0 s a NaN.
+      if (!of_y) memset(dx, 0, span.size() * sizeof(T));
+      if (task.grad_shift.data) {
+        T* dt = place<In>(task.grad_shift, span, dt_buffer);
+        copy_signed(needs_shift ? dx : g, task.inverse && of_y, span.size(), dt);
+        finish<In>(dt, dt_buffer, task.grad_shift, span);
+      }
+      finish<In>(dx, dx_buffer, task.y, span);
+      finish<In>(da, da_buffer, task.grad_scale, span);
     });
   }
 }

@@ -26,13 +26,23 @@ struct CouplingOperand {
   int64_t size[kMaxOperandDims], stride[kMaxOperandDims];
 };
 
+// Where one sample's elements are written: rows of `row` elements that lie one behind the other; strides in elements.
+struct CouplingResult {
+  void* data;  // null: not wanted
+  int64_t sample_stride, row, row_stride;
+};
+
 struct CouplingTask {
   CouplingOperand x, scale, shift, grad_y;
   const void* grad_log_det;  // one value of the computing type a sample, or null: zeros
   int64_t grad_log_det_stride;
-  void* y;           // forward: y; backward: the gradient of x; contiguous
-  void* grad_scale;  // backward; contiguous
-  double* log_det;   // forward: [samples, parts] partial sums
+  CouplingResult y;                       // forward: y; backward: the gradient of x
+  CouplingResult grad_scale, grad_shift;  // backward
+  double* log_det;                        // forward: [samples, parts] partial sums
+  // Of a coupling by halves: what is copied besides, of the same samples; without data, zeros are written.
+  CouplingOperand passive;
+  CouplingResult passive_copy;
+  int64_t passive_size;  // 0: nothing is copied
   // Work is cut into blocks: one of the parts, of `part_size` elements, of one large sample, or several small samples
   // (parts = 1, and part_size at least sample_size).
   int64_t samples, sample_size, parts, part_size, samples_per_block;

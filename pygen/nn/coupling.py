@@ -1,9 +1,12 @@
 """Affine and additive coupling layers on pygen.ops. Conditioners are in conditioners.py; models stack the layers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pygen import ops
+from pygen.nn._fork import fork
 from pygen.nn.transform import Retraced, Transform, zero_log_det
 from pygen.reference.affine_coupling import SCALE_MAPS
 
@@ -68,9 +71,15 @@ class _Coupling(Transform):
     def _couple(self, active: Tensor, parameters: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def _run_conditioner(self, passive: Tensor, context: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        return self.conditioner(passive) if context is None else self.conditioner(passive, context)
+
     def _condition(self, passive: Tensor, context: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Run the conditioner and cut its output into views of the given shape."""
-        out = self.conditioner(passive) if context is None else self.conditioner(passive, context)
+        """Run the conditioner and cut its output."""
+        return self._cut(self._run_conditioner(passive, context), shape)
+
+    def _cut(self, out: Tensor | tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
+        """What the conditioner returned as `_chunks` views of the given shape."""
         parts = tuple(out) if isinstance(out, tuple | list) else out.chunk(self._chunks, self.dim)
         if len(parts) != self._chunks or any(part.shape != shape for part in parts):
             got = [tuple(part.shape) for part in parts] if isinstance(out, tuple | list) else tuple(out.shape)
@@ -89,14 +98,18 @@ class _Coupling(Transform):
                     f"sample, got {tuple(x.shape)}"
                 )
             return x.masked_fill(self.mask, 0), x.flatten(1).index_select(1, self._active)
+        first, second = x.split(self._sizes(x), self.dim)
+        return (second, first) if self.swap else (first, second)
+
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        """Elements of the two halves; the first is passive unless `swap`."""
         size = x.size(self.dim)
         if size < 2:
             raise ValueError(
                 f"{type(self).__name__}: dimension {self.dim} must have at least 2 elements to be split, "
                 f"got x {tuple(x.shape)}"
             )
-        first, second = x.split((size - size // 2, size // 2), self.dim)
-        return (second, first) if self.swap else (first, second)
+        return size - size // 2, size // 2
 
     def _merge(self, passive: Tensor, active: Tensor) -> Tensor:
         """x of its parts. By mask, what `passive` has at active positions does not matter."""
@@ -166,7 +179,7 @@ class AffineCoupling(_Coupling):
 
     Args:
         conditioner: a module from the passive part (and context, when one is given) to a and t: one tensor whose first
-            half along `dim` is a and whose second half is t, or a tuple (a, t). Halves are read as views.
+            half along `dim` is a and whose second half is t, or a tuple (a, t). One tensor is read as it is.
         mask: None splits x in halves along `dim` (the first, larger one when odd, conditions). Or bool of x's shape
             without the batch, True = transformed; the conditioner then sees all of x with the transformed part zero,
             and returns a and t for all of x.
@@ -211,17 +224,33 @@ class AffineCoupling(_Coupling):
             raise ValueError(f"AffineCoupling: scale_map must be one of {', '.join(SCALE_MAPS)}, got {scale_map!r}")
         self.scale_map, self.shift_first, self.clamp = scale_map, shift_first, clamp
 
+    def _options(self, inverse: bool) -> dict[str, Any]:
+        return {
+            "scale_map": self.scale_map,
+            "shift_first": self.shift_first,
+            "clamp": self.clamp,
+            "inverse": inverse,
+        }
+
     def _couple(self, active: Tensor, parameters: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
         scale, shift = parameters
-        return ops.affine_coupling(
-            active,
-            scale,
-            shift,
-            scale_map=self.scale_map,
-            shift_first=self.shift_first,
-            clamp=self.clamp,
-            inverse=inverse,
-        )
+        return ops.affine_coupling(active, scale, shift, **self._options(inverse))
+
+    def _apply_coupling(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.mask is not None or self.dim in (0, -x.dim()):
+            return super()._apply_coupling(x, context, inverse)
+        first, second = self._sizes(x)
+        head, tail = (0, first), (first, second)
+        passive_at, active_at = (tail, head) if self.swap else (head, tail)
+        passive, x = fork(x, self.dim, *passive_at)
+        out = self._run_conditioner(passive, context)
+        together = list(x.shape)
+        together[self.dim] = 2 * active_at[1]
+        if isinstance(out, Tensor) and out.shape == tuple(together):
+            return ops.affine_coupling_halves(x, out, dim=self.dim, swap=self.swap, **self._options(inverse))
+        active = x.narrow(self.dim, *active_at)
+        active, log_det = self._couple(active, self._cut(out, active.shape), inverse)
+        return self._merge(passive, active), log_det
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale_map={self.scale_map!r}, shift_first={self.shift_first}"

@@ -9,6 +9,7 @@ from torch import Tensor
 from pygen import reference
 from pygen.ops._operator import Rules, derivative_through_reference, operator
 from pygen.reference._dtypes import compute_dtype
+from pygen.reference.affine_coupling import shift_gradient
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
@@ -29,12 +30,6 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, scale, shift)
 
 
-def _grad_shift(grad_y, grad_x, shift_first: bool, inverse: bool):
-    """y = x s + t, (x + t) s, (x - t) / s or x / s - t: t's gradient is one that is at hand, up to its sign."""
-    grad = grad_x if shift_first != inverse else grad_y
-    return -grad if inverse else grad
-
-
 def _backward(ctx, grad_y, grad_log_det):
     if grad_y is None and grad_log_det is None:
         return (None,) * 7
@@ -45,8 +40,30 @@ def _backward(ctx, grad_y, grad_log_det):
     if grad_y is None:
         grad_x = None  # log_det does not depend on x or shift
     elif ctx.needs_input_grad[2]:
-        grad_shift = _grad_shift(grad_y, grad_x, shift_first, inverse)
+        grad_shift = shift_gradient(grad_y, grad_x, shift_first, inverse)
     return grad_x, grad_scale, grad_shift, None, None, None, None
+
+
+def _fake_halves(x, parameters, *options):
+    return _contiguous_like(x), x.new_empty(x.size(0), dtype=compute_dtype(x.dtype))
+
+
+def _fake_halves_backward(grad_z, grad_log_det, x, parameters, *options):
+    return _contiguous_like(x), _contiguous_like(parameters)
+
+
+def _save_halves(ctx, inputs, output):
+    x, parameters, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, parameters)
+
+
+def _backward_halves(ctx, grad_z, grad_log_det):
+    if grad_z is None and grad_log_det is None:
+        return (None,) * 8
+    grads = _affine_coupling_halves_backward(grad_z, grad_log_det, *ctx.saved_tensors, *ctx.options)
+    # The log-determinant alone does not depend on x.
+    return grads[0] if grad_z is not None else None, grads[1], *(None,) * 6
 
 
 def _fold(batch: int, tensor: Tensor | None, batch_dim: int | None) -> Tensor | None:
@@ -86,6 +103,33 @@ _affine_coupling: Callable[..., Any] = operator(
     "affine_coupling",
     Rules(
         "affine_coupling", 3, reference.affine_coupling, _fake, _save, _backward, _vmapped(lambda: _affine_coupling, 3)
+    ),
+)
+
+_second_setup_halves, _second_backward_halves = derivative_through_reference(reference.affine_coupling_halves_backward)
+
+_affine_coupling_halves_backward: Callable[..., Any] = operator(
+    "affine_coupling_halves_backward",
+    Rules(
+        "affine_coupling",
+        4,
+        reference.affine_coupling_halves_backward,
+        _fake_halves_backward,
+        _second_setup_halves,
+        _second_backward_halves,
+        _vmapped(lambda: _affine_coupling_halves_backward, 4),
+    ),
+)
+_affine_coupling_halves: Callable[..., Any] = operator(
+    "affine_coupling_halves",
+    Rules(
+        "affine_coupling",
+        2,
+        reference.affine_coupling_halves,
+        _fake_halves,
+        _save_halves,
+        _backward_halves,
+        _vmapped(lambda: _affine_coupling_halves, 2),
     ),
 )
 
@@ -173,6 +217,86 @@ def affine_coupling(
     """
     x, scale, shift = _same_shape_and_dtype(x, scale, shift)
     return _affine_coupling(x, scale, shift, scale_map, shift_first, clamp, inverse)
+
+
+def _check_halves(x: Tensor, parameters: Tensor, dim: int, swap: bool) -> int:
+    """`dim` counted from the front. Every kernel relies on these shapes."""
+    for name, tensor in (("x", x), ("parameters", parameters)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"affine_coupling_halves: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    dims = x.dim()
+    if not (0 < dim < dims or -dims < dim < 0):
+        raise ValueError(
+            f"affine_coupling_halves: dim must be a dimension of x behind the batch, got {dim} for x {tuple(x.shape)}"
+        )
+    n = x.size(dim)
+    if n < 2:
+        raise ValueError(
+            f"affine_coupling_halves: dimension {dim} must have at least 2 elements to be split, got x {tuple(x.shape)}"
+        )
+    dim %= dims
+    expected = (*x.shape[:dim], 2 * (n - n // 2 if swap else n // 2), *x.shape[dim + 1 :])
+    if parameters.shape != expected:
+        raise ValueError(
+            f"affine_coupling_halves: parameters must be {tuple(expected)}, scale and shift of the active part of x "
+            f"{tuple(x.shape)}, got {tuple(parameters.shape)}"
+        )
+    return dim
+
+
+def affine_coupling_halves(
+    x: Tensor,
+    parameters: Tensor,
+    *,
+    dim: int = 1,
+    swap: bool = False,
+    scale_map: str = "exp",
+    shift_first: bool = False,
+    clamp: float = 2.0,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""A coupling layer around its conditioner: one half of x passes, `affine_coupling` transforms the other.
+
+    .. math::
+        z_p = x_p, \qquad z_a = x_a\, s(a) + t, \qquad (a, t) = \text{parameters}, \qquad
+        \log\det_b = \sum \log s(a)
+
+    The same as splitting x and the parameters, `affine_coupling` and putting z together, in one pass: neither the
+    parts of z nor those of a gradient are ever a tensor of their own that is copied into place.
+
+    Args:
+        x: (B, ..., n, ...), float64, float32, bfloat16 or float16; n, at least 2, in dimension `dim`. Its first
+            n - n // 2 elements there pass, the last n // 2 are transformed.
+        parameters: (B, ..., 2 m, ...) for the m elements that are transformed: along `dim` first the raw scales, then
+            the shifts.
+        dim: the dimension that is split; not 0, the batch.
+        swap: the first n - n // 2 elements are transformed, the last n // 2 pass.
+        scale_map, shift_first, clamp, inverse: as in `affine_coupling`.
+
+    Returns:
+        z: contiguous, x's shape and dtype. log_det: (B,), float32 for 16-bit inputs and x's dtype otherwise. Mixed
+        dtypes are promoted as torch promotes them; under autocast the op runs in float32.
+
+    Raises:
+        ValueError: dim is not a dimension behind the batch or cannot be split, or parameters do not fit. TypeError: x
+        or parameters is not a tensor. RuntimeError: a wrong dtype or an unknown scale_map.
+
+    Example:
+        >>> import torch
+        >>> from pygen import ops
+        >>> x, conditioner = torch.randn(8, 5), torch.nn.Linear(3, 4)
+        >>> z, log_det = ops.affine_coupling_halves(x, conditioner(x[:, :3]), scale_map="tanh")
+        >>> back, _ = ops.affine_coupling_halves(z, conditioner(z[:, :3]), scale_map="tanh", inverse=True)
+        >>> torch.allclose(back, x, atol=1e-6), log_det.shape
+        (True, torch.Size([8]))
+
+    Source: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", ICLR 2017, section 3.2.
+    """
+    dim = _check_halves(x, parameters, dim, swap)
+    if parameters.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, parameters.dtype)
+        x, parameters = x.to(dtype), parameters.to(dtype)
+    return _affine_coupling_halves(x, parameters, dim, swap, scale_map, shift_first, clamp, inverse)
 
 
 def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False) -> Tensor:

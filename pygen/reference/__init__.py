@@ -1,11 +1,13 @@
 """Every op in plain PyTorch: the truth in tests, the baseline in benchmarks, the fallback on other devices."""
 
-from pygen.reference.actnorm_conv1x1 import actnorm_conv1x1, actnorm_conv1x1_backward
+from pygen.reference.actnorm_conv1x1 import actnorm_conv1x1, actnorm_conv1x1_backward, actnorm_conv1x1_inverse
 from pygen.reference.affine_coupling import (
     SCALE_MAPS,
     additive_coupling,
     affine_coupling,
     affine_coupling_backward,
+    affine_coupling_halves,
+    affine_coupling_halves_backward,
     log_scale,
 )
 from pygen.reference.cumax import cumax, cumax_backward
@@ -20,9 +22,12 @@ __all__ = [
     "TAILS",
     "actnorm_conv1x1",
     "actnorm_conv1x1_backward",
+    "actnorm_conv1x1_inverse",
     "additive_coupling",
     "affine_coupling",
     "affine_coupling_backward",
+    "affine_coupling_halves",
+    "affine_coupling_halves_backward",
     "cumax",
     "cumax_backward",
     "log_scale",

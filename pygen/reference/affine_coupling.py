@@ -92,6 +92,63 @@ def affine_coupling_backward(
     return grad_x.to(x.dtype), grad_a.to(scale.dtype)
 
 
+def split_halves(x: Tensor, dim: int, swap: bool) -> tuple[Tensor, Tensor]:
+    """(passive, active): the first n - n // 2 of `dim`'s n elements and the others, or exchanged."""
+    first, second = x.split((x.size(dim) - x.size(dim) // 2, x.size(dim) // 2), dim)
+    return (second, first) if swap else (first, second)
+
+
+def join_halves(passive: Tensor, active: Tensor, dim: int, swap: bool) -> Tensor:
+    return torch.cat((active, passive) if swap else (passive, active), dim)
+
+
+def affine_coupling_halves(
+    x: Tensor,
+    parameters: Tensor,
+    dim: int = 1,
+    swap: bool = False,
+    scale_map: str = "exp",
+    shift_first: bool = False,
+    clamp: float = 2.0,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x: (B, ..., n, ...), parameters: (B, ..., 2 m, ...) for the m active of n -> z like x, log_det: (B,)."""
+    passive, active = split_halves(x, dim, swap)
+    scale, shift = parameters.chunk(2, dim)
+    active, log_det = affine_coupling(active, scale, shift, scale_map, shift_first, clamp, inverse)
+    return join_halves(passive, active, dim, swap), log_det
+
+
+def affine_coupling_halves_backward(
+    grad_z: Tensor | None,
+    grad_log_det: Tensor | None,
+    x: Tensor,
+    parameters: Tensor,
+    dim: int = 1,
+    swap: bool = False,
+    scale_map: str = "exp",
+    shift_first: bool = False,
+    clamp: float = 2.0,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the parameters. The log-determinant depends on the scales alone."""
+    _, active = split_halves(x, dim, swap)
+    scale, shift = parameters.chunk(2, dim)
+    passive_grad, active_grad = (None, None) if grad_z is None else split_halves(grad_z, dim, swap)
+    options = (scale_map, shift_first, clamp, inverse)
+    grad_active, grad_scale = affine_coupling_backward(active_grad, grad_log_det, active, scale, shift, *options)
+    if passive_grad is None:
+        return torch.zeros_like(x), torch.cat((grad_scale, torch.zeros_like(shift)), dim)
+    grad_shift = shift_gradient(active_grad, grad_active, shift_first, inverse)
+    return join_halves(passive_grad, grad_active, dim, swap), torch.cat((grad_scale, grad_shift), dim)
+
+
+def shift_gradient(grad_y, grad_x, shift_first: bool, inverse: bool):
+    """y = x s + t, (x + t) s, (x - t) / s or x / s - t: t's gradient is one that is at hand, up to its sign."""
+    grad = grad_x if shift_first != inverse else grad_y
+    return -grad if inverse else grad
+
+
 def log_scale_slope(a: Tensor, scale_map: str, clamp: float = 2.0) -> Tensor:
     """d log s(a) / da."""
     if scale_map == "exp":

@@ -36,7 +36,7 @@ def affine(kind, **options):
     if kind == "channels":
         return nn.AffineCoupling(nn.ConvNet(2, 4, 4, 1), **options), (4, 3, 2)
     if kind == "rows":
-        return nn.AffineCoupling(nn.ConvNet(1, 2, 4, 1), dim=3, **options), (1, 3, 4)
+        return nn.AffineCoupling(torch.nn.Linear(2, 4), dim=-1, **options), (2, 3, 4)
     if kind == "alternating mask":
         return nn.AffineCoupling(nn.MLP(5, 10, (8,)), mask=nn.alternating_mask(5), **options), (5,)
     mask = nn.checkerboard_mask(3, 4, 2)
@@ -48,6 +48,7 @@ SPLITS = (
     "odd halves",
     "odd halves, swapped",
     "channels",
+    "rows",
     "alternating mask",
     "checkerboard",
     "checkerboard, swapped",
@@ -125,15 +126,99 @@ def test_conditioner_may_return_a_tuple():
     torch.testing.assert_close(nn.AffineCoupling(Pair())(x), nn.AffineCoupling(One())(x), rtol=0, atol=0)
 
 
-def test_parameters_reach_the_op_as_views_of_the_conditioners_output(monkeypatch):
-    from pygen import ops
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that were called."""
 
-    seen = []
-    original = ops.affine_coupling
-    monkeypatch.setattr(ops, "affine_coupling", lambda x, a, t, **o: seen.append((a, t)) or original(x, a, t, **o))
-    nn.AffineCoupling(nn.ConvNet(2, 4, 4, 1))(torch.randn(2, 4, 3, 3))
-    ((scale, shift),) = seen
-    assert scale.untyped_storage().data_ptr() == shift.untyped_storage().data_ptr()
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_halves_and_their_gradients_are_never_put_together_from_pieces():
+    layer = randomized(nn.AffineCoupling(nn.ConvNet(2, 4, 4, 1)))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    with Recorder() as recorder:
+        z, log_det = layer(x)
+        torch.autograd.grad(z.square().sum() + log_det.sum(), (x, *layer.parameters()))
+    assert "pygen::affine_coupling_halves" in recorder.names
+    assert not {"aten::cat", "aten::slice_backward"} & set(recorder.names)
+
+
+def plain_halves(layer, x, inverse=False):
+    """The coupling written out: split, transform, cat."""
+    first, second = x.split((x.size(layer.dim) - x.size(layer.dim) // 2, x.size(layer.dim) // 2), layer.dim)
+    passive, active = (second, first) if layer.swap else (first, second)
+    scale, shift = layer.conditioner(passive).chunk(2, layer.dim)
+    log_s = scale.tanh()
+    active = (active - shift) / log_s.exp() if inverse else active * log_s.exp() + shift
+    parts = (active, passive) if layer.swap else (passive, active)
+    return torch.cat(parts, layer.dim), (-log_s if inverse else log_s).flatten(1).sum(1)
+
+
+HALVES = [kind for kind in SPLITS if "halves" in kind or kind in ("channels", "rows")]
+
+
+@pytest.mark.parametrize("used", ((0, 1), (0,), (1,)))
+@pytest.mark.parametrize("inverse", (False, True))
+@pytest.mark.parametrize("split", HALVES)
+def test_gradients_by_halves_are_those_of_the_layer_written_out(split, inverse, used):
+    layer, shape = affine(split)
+    layer = randomized(layer.double())
+    x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+    outputs, truth = (layer.inverse if inverse else layer)(x), plain_halves(layer, x, inverse)
+    grads = [torch.randn_like(y) for y in truth]
+    leaves = (x, *layer.parameters())
+    got, want = (
+        torch.autograd.grad([y[k] for k in used], leaves, [grads[k] for k in used], allow_unused=True)
+        for y in (outputs, truth)
+    )
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        assert g is None or torch.allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_by_halves_are_those_of_the_layer_written_out():
+    layer = randomized(nn.AffineCoupling(nn.MLP(3, 4, (8,)))).double()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def penalty(function):
+        z, log_det = function(x)
+        (grad,) = torch.autograd.grad(z.square().sum() + log_det.sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (x, *layer.parameters()), allow_unused=True)
+
+    for got, want in zip(penalty(layer), penalty(lambda x: plain_halves(layer, x)), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_backward_twice_through_a_retained_graph_gives_the_same_and_leaves_the_incoming_gradient():
+    layer = randomized(nn.AffineCoupling(nn.MLP(3, 4, (8,))))
+    x, grad = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    copy = grad.clone()
+    z, _ = layer(x)
+    first, second = (torch.autograd.grad(z, x, grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(grad, copy)
+
+
+def test_per_sample_gradients_and_compiled_layers_agree_with_a_loop():
+    layer = randomized(nn.AffineCoupling(nn.MLP(3, 4, (8,)))).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+
+    def loss(sample):
+        z, log_det = layer(sample[None])
+        return z.square().sum() + log_det.sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(together, torch.stack([torch.func.grad(loss)(sample) for sample in x]))
+    leaf = x.clone().requires_grad_()
+    compiled = torch.compile(lambda x: sum(y.square().sum() for y in layer(x)), fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(leaf), leaf)
+    (want,) = torch.autograd.grad(sum(y.square().sum() for y in layer(leaf)), leaf)
+    torch.testing.assert_close(got, want)
 
 
 def flow_of_depth(depth, dtype, additive=False):

@@ -169,6 +169,35 @@ def coupling_case(scale_map: str, shift_first: bool, inverse: bool) -> OpCase:
     )
 
 
+def halves_case(n: int, swap: bool, scale_map: str, shift_first: bool, inverse: bool) -> OpCase:
+    """Along the last dimension, of n: for (B, n) a sample's half is one row, with more dimensions many."""
+    sizes = [n - n // 2, n // 2]
+    active = sizes[0] if swap else sizes[1]
+    couple = coupling_oracle(scale_map, shift_first, inverse)
+
+    def oracle(x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.split(sizes, -1)
+        passive, y = (second, first) if swap else (first, second)
+        y, log_det = couple(y, parameters[..., :active], parameters[..., active:])
+        return torch.cat((y, passive) if swap else (passive, y), -1), log_det
+
+    options = {"scale_map": scale_map, "shift_first": shift_first, "inverse": inverse}
+    names = [name for name, is_on in (("swap", swap), ("shift_first", shift_first), ("inverse", inverse)) if is_on]
+    return OpCase(
+        name="-".join((f"halves{n}", scale_map, *names)),
+        function=lambda x, parameters: ops.affine_coupling_halves(x, parameters, dim=-1, swap=swap, **options),
+        oracle=oracle,
+        operator=lambda: torch.ops.pygen.affine_coupling_halves.default,
+        arguments=(-1, swap, scale_map, shift_first, 2.0, inverse),
+        tensors=2,
+        trailing=((n,), (2 * active,)),
+        shapes=((1,), (7,), (700,), (3, 9), (2, 5, 3), (2, 2003)),
+        empty_shapes=((0, 4), (4, 0), (0,)),
+        threads_shape=(3, 4001),
+        spread=1.0,
+    )
+
+
 def spline_case(bins: int, tails: str | None, inverse: bool) -> OpCase:
     # No 16-bit number is the bound, where the gradient jumps.
     bound, smallest = 1.7, (2e-3, 5e-3, 1e-2)
@@ -203,6 +232,9 @@ CASES = [
         for scale_map in ("exp", "tanh", "sigmoid", "nflows", "softplus", "atan")
         for shift_first, inverse in ((False, False), (True, False), (False, True), (True, True))
     ),
+    halves_case(5, False, "tanh", False, False),
+    halves_case(8, True, "sigmoid", True, False),
+    halves_case(3, True, "nflows", False, True),
     spline_case(8, "linear", False),
     spline_case(8, "linear", True),
     spline_case(5, "circular", False),
@@ -217,6 +249,7 @@ FEW_NAMES = (
     "cumax-dim0-complement",
     "affine-tanh",
     "affine-sigmoid-shift_first-inverse",
+    "halves8-sigmoid-swap-shift_first",
     "spline-linear8",
     "spline-none10-inverse",
 )

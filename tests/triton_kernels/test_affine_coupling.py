@@ -11,7 +11,12 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from pygen.triton_kernels import _common  # noqa: E402
-from pygen.triton_kernels.affine_coupling import affine_coupling, affine_coupling_backward  # noqa: E402
+from pygen.triton_kernels.affine_coupling import (  # noqa: E402
+    affine_coupling,
+    affine_coupling_backward,
+    affine_coupling_halves,
+    affine_coupling_halves_backward,
+)
 
 # The interpreter's numpy evaluates both arms of a choice and warns of the infinities in the one not taken.
 pytestmark = [pytest.mark.usefixtures("device", "poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -258,3 +263,89 @@ def test_unknown_map_and_missing_batch_are_refused(device):
         affine_coupling(x, x, x, "cosh", False, 2.0, False)
     with pytest.raises(RuntimeError, match="at least one dimension"):
         affine_coupling(x[0, 0], x[0, 0], x[0, 0], "exp", False, 2.0, False)
+
+
+# ---- by halves -------------------------------------------------------------------------------------------------------
+
+
+def parts(x, dim, swap):
+    first, second = x.split((x.size(dim) - x.size(dim) // 2, x.size(dim) // 2), dim)
+    return (second, first) if swap else (first, second)
+
+
+def joined(passive, active, dim, swap):
+    return torch.cat((active, passive) if swap else (passive, active), dim)
+
+
+def halves_inputs(shape, dim, swap, dtype, device):
+    """x, the parameters of its active half, and gradients of z and log_det."""
+    x, a, t, g, grad_log_det = inputs(shape, dtype, device)
+    return x, torch.cat([parts(p, dim, swap)[1] for p in (a, t)], dim), g, grad_log_det
+
+
+def assert_halves_match_the_parts(x, parameters, g, grad_log_det, dim, swap, *options):
+    """Forward and backward with the bits of the launchers for parts, and the shift's gradient by autograd's formula."""
+    passive, active = parts(x, dim, swap)
+    scale, shift = parameters.chunk(2, dim)
+    z, log_det = affine_coupling_halves(x, parameters, dim, swap, *options)
+    y, expected_log_det = affine_coupling(active, scale, shift, *options)
+    assert z.is_contiguous() and torch.equal(z, joined(passive, y, dim, swap))
+    assert torch.equal(log_det, expected_log_det)
+    grad_x, grad_parameters = affine_coupling_halves_backward(g, grad_log_det, x, parameters, dim, swap, *options)
+    passive_grad, grad_y = (None, None) if g is None else parts(g, dim, swap)
+    grad_active, grad_scale = affine_coupling_backward(grad_y, grad_log_det, active, scale, shift, *options)
+    _, shift_first, _, inverse = options
+    grad_shift = torch.zeros_like(shift)
+    if g is None:
+        passive_grad = torch.zeros_like(passive)
+    else:
+        grad_shift = (-1 if inverse else 1) * (grad_active if shift_first != inverse else grad_y)
+    assert grad_x.is_contiguous() and torch.equal(grad_x, joined(passive_grad, grad_active, dim, swap))
+    assert grad_parameters.is_contiguous() and torch.equal(grad_parameters, torch.cat((grad_scale, grad_shift), dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shift_first", "inverse"), list(itertools.product((False, True), repeat=2)))
+def test_halves_have_the_bits_of_their_parts(shift_first, inverse, dtype, device):
+    for swap in (False, True):
+        x, parameters, g, grad_log_det = halves_inputs((3, 5, 7), 1, swap, dtype, device)
+        for grads in ((g, grad_log_det), (g, None), (None, grad_log_det)):
+            assert_halves_match_the_parts(x, parameters, *grads, 1, swap, "tanh", shift_first, CLAMP, inverse)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 2), 1), ((300, 3), -1), ((2, 4099), 1), ((2, 3, 5), -1), ((2, 3, 4, 5), 2)]
+)
+def test_halves_of_every_dimension(shape, dim, device):
+    x, parameters, g, grad_log_det = halves_inputs(shape, dim, False, torch.float32, device)
+    for grads in ((g, grad_log_det), (None, grad_log_det)):
+        assert_halves_match_the_parts(x, parameters, *grads, dim, False, "sigmoid", True, CLAMP, False)
+
+
+def test_halves_of_tensors_with_strides(device):
+    def strided(x):
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+    given = halves_inputs((3, 4, 2, 5), 1, False, torch.float32, device)
+    assert_halves_match_the_parts(*map(strided, given), 1, False, "exp", False, CLAMP, False)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((0, 4), 1), ((0, 3, 4), -1), ((3, 4, 0), 1)])
+def test_empty_halves(shape, dim, device):
+    x = torch.zeros(shape, device=device)
+    z, log_det = affine_coupling_halves(x, x, dim, False, "tanh", False, 2.0, False)
+    assert z.shape == shape and torch.equal(log_det, torch.zeros(shape[0], device=device))
+    grads = affine_coupling_halves_backward(x, log_det, x, x, dim, False, "tanh", False, 2.0, False)
+    assert [g.shape for g in grads] == [shape, shape]
+
+
+def test_one_launch_writes_the_active_halves_where_they_belong(device, monkeypatch):
+    x = torch.zeros(3, 8, 4, device=device)
+    launches = []
+    monkeypatch.setattr(_common, "recorder", launches)
+    z, _ = affine_coupling_halves(x, x, 1, False, "exp", False, 2.0, False)
+    grad_x, grad_parameters = affine_coupling_halves_backward(x, None, x, x, 1, False, "exp", False, 2.0, False)
+    forward, backward = (launch.args for launch in launches)
+    assert forward[3].data_ptr() == z[:, 4:].data_ptr()
+    results = [tensor.data_ptr() for tensor in (grad_x[:, 4:], grad_parameters, grad_parameters[:, 4:])]
+    assert [tensor.data_ptr() for tensor in backward[5:8]] == results
