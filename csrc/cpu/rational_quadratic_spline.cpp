@@ -201,10 +201,10 @@ void put_bins(const compute_t<Out>* __restrict values, int64_t start, int64_t n,
 
 // ---- the chosen bin --------------------------------------------------------------------------------------------------
 
-// What is known of every element of a chunk. `before` and `own` are softmax values still to be divided by `total`.
+// What is known of every element of a chunk. `before` and `own` are softmax values still to be multiplied by `per_total`.
 template <typename T>
 struct AxisChunk {
-  alignas(64) T total[kChunk], before[kChunk], own[kChunk];
+  alignas(64) T per_total[kChunk], before[kChunk], own[kChunk];
 };
 
 template <typename T>
@@ -251,6 +251,16 @@ void exponentials(T* __restrict u, int64_t bins, T* __restrict total) {
   }
 }
 
+// 1 / total of both axes, by one division: the totals are between 1 and the number of bins.
+template <typename T>
+void invert_totals(T* __restrict a, T* __restrict b) {
+  for (int64_t i = 0; i < kChunk; i += VecOf<T>::lanes) {
+    const auto of_a = load(a + i), of_b = load(b + i), per_both = 1 / (of_a * of_b);
+    store(a + i, per_both * of_b);
+    store(b + i, per_both * of_a);
+  }
+}
+
 // The last bin that begins at or before x, and what lies before it on both axes. Inner knots only: x outside falls into
 // the first or the last bin.
 template <typename T>
@@ -264,7 +274,7 @@ void search(const T* __restrict x, const T* __restrict searched, const T* __rest
     for (int g = 0; g < kPair; ++g) {
       const int64_t j = i + g * lanes;
       at[g] = load(x + j);
-      factor[g] = scale.rest / load(along.total + j);
+      factor[g] = scale.rest * load(along.per_total + j);
       sum[g] = own[g] = load(searched + j);
       sum_across[g] = own_across[g] = load(other + j);
       before[g] = before_across[g] = chosen[g] = V{};
@@ -309,6 +319,47 @@ PYGEN_INLINE KnotIndices knots_of(int64_t bin, int64_t bins, SplineTails tails) 
   return {bin, bin + 1};
 }
 
+// Two gathers for each vector of elements, where these lie at one distance from each other; false where they do not.
+template <typename In>
+PYGEN_INLINE bool gather_knots(const SplineTask&, int64_t, int64_t, Chunk<compute_t<In>>&) {
+  return false;
+}
+
+#if PYGEN_TURNS_ROWS
+#if PYGEN_VECTOR_BYTES == 64
+PYGEN_INLINE f32v values_at(const float* p, i32v at) { return (f32v)_mm512_i32gather_ps((__m512i)at, p, 4); }
+#else
+PYGEN_INLINE f32v values_at(const float* p, i32v at) { return (f32v)_mm256_i32gather_ps(p, (__m256i)at, 4); }
+#endif
+
+template <>
+inline bool gather_knots<float>(const SplineTask& task, int64_t start, int64_t n, Chunk<float>& chunk) {
+  const SplineOperand& operand = task.derivatives;
+  constexpr int64_t kFar = int64_t{1} << 24;  // 64 elements and as many bins of these strides fit 32 bits
+  const int64_t step = operand.stride[0], bin = operand.bin_stride;
+  if (operand.dims > 1 || step > kFar || step < -kFar || bin * task.bins > kFar || bin < 0) return false;
+  const float* data = static_cast<const float*>(operand.data) + start * step;
+  const int32_t bins = static_cast<int32_t>(task.bins), last = static_cast<int32_t>(n - 1);
+  i32v lane;
+  for (int i = 0; i < VecOf<float>::lanes; ++i) lane[i] = i;
+  for (int32_t i = 0; i < kChunk; i += VecOf<float>::lanes) {
+    const i32v number = __builtin_convertvector(load(chunk.index + i), i32v);
+    const i32v element = lane + i;
+    const i32v row = (element < last ? element : i32v{} + last) * static_cast<int32_t>(step);
+    i32v left = number, right = number + 1;
+    if (task.tails == SplineTails::kLinear) {
+      left = number > 0 ? number - 1 : i32v{};
+      right = number + 1 < bins ? number : number - 1;
+    } else if (task.tails == SplineTails::kCircular) {
+      right = right < bins ? right : i32v{};
+    }
+    store(chunk.raw_left + i, values_at(data, row + left * static_cast<int32_t>(bin)));
+    store(chunk.raw_right + i, values_at(data, row + right * static_cast<int32_t>(bin)));
+  }
+  return true;
+}
+#endif
+
 template <typename In>
 void fetch_knots(const SplineTask& task, int64_t start, int64_t n, Chunk<compute_t<In>>& chunk) {
   using T = compute_t<In>;
@@ -318,6 +369,7 @@ void fetch_knots(const SplineTask& task, int64_t start, int64_t n, Chunk<compute
     for (int64_t i = 0; i < kChunk; ++i) chunk.raw_left[i] = chunk.raw_right[i] = T(0);
     return;
   }
+  if (gather_knots<In>(task, start, n, chunk)) return;
   offsets_of(task.derivatives, start, n, offsets);
   const int64_t bins = task.bins, stride = task.derivatives.bin_stride;
   const SplineTails tails = task.tails;
@@ -336,8 +388,9 @@ void prepare(const SplineTask& task, int64_t start, int64_t n, compute_t<In>* wi
   fetch_elements<In>(task.x, start, n, chunk.x);
   fetch_bins<In>(task.widths, start, n, task.bins, widths);
   fetch_bins<In>(task.heights, start, n, task.bins, heights);
-  exponentials(widths, task.bins, chunk.horizontal.total);
-  exponentials(heights, task.bins, chunk.vertical.total);
+  exponentials(widths, task.bins, chunk.horizontal.per_total);
+  exponentials(heights, task.bins, chunk.vertical.per_total);
+  invert_totals(chunk.horizontal.per_total, chunk.vertical.per_total);
   if (task.inverse) {
     search(chunk.x, heights, widths, task.bins, axis_scale<T>(task, task.min_bin_height), chunk.vertical,
            chunk.horizontal, chunk.index);
@@ -398,8 +451,8 @@ template <bool inverse, typename T, typename V = typename VecOf<T>::vec>
 PYGEN_INLINE Place<V> place(const Chunk<T>& chunk, int64_t i, const Options<T>& o, V left, V right) {
   Place<V> at;
   const V index = load(chunk.index + i), bound = V{} + o.horizontal.bound;
-  const V x_factor = o.horizontal.rest / load(chunk.horizontal.total + i);
-  const V y_factor = o.vertical.rest / load(chunk.vertical.total + i);
+  const V x_factor = o.horizontal.rest * load(chunk.horizontal.per_total + i);
+  const V y_factor = o.vertical.rest * load(chunk.vertical.per_total + i);
   at.x = load(chunk.x + i);
   at.inside = within(at.x, -bound, bound);
   at.start = load(chunk.horizontal.before + i) * x_factor + (index * o.horizontal.smallest - bound);
@@ -478,9 +531,9 @@ struct GradChunk {
 template <bool inverse, bool straight, typename T>
 PYGEN_INLINE void gradient(const Chunk<T>& chunk, int64_t i, const Options<T>& o, GradChunk<T>& grad) {
   using V = typename VecOf<T>::vec;
-  const V raw_left = load(chunk.raw_left + i), raw_right = load(chunk.raw_right + i);
-  const auto at =
-      place<inverse>(chunk, i, o, softplus(raw_left) + o.min_derivative, softplus(raw_right) + o.min_derivative);
+  const auto left = softplus_and_slope(load(chunk.raw_left + i));
+  const auto right = softplus_and_slope(load(chunk.raw_right + i));
+  const auto at = place<inverse>(chunk, i, o, left.value + o.min_derivative, right.value + o.min_derivative);
   const V bound = V{} + o.horizontal.bound, zero{};
   const auto outside = absolute(at.x) > bound;
   const V p = at.xi * at.rest, q = at.rest - at.xi, square = at.xi * at.xi;
@@ -522,8 +575,8 @@ PYGEN_INLINE void gradient(const Chunk<T>& chunk, int64_t i, const Options<T>& o
     by_x = outside ? incoming : (inverse ? total : by_xi * at.per_width);
   }
   store(grad.x + i, by_x);
-  store(grad.left + i, by_left * sigmoid(raw_left).value);
-  store(grad.right + i, by_right * sigmoid(raw_right).value);
+  store(grad.left + i, by_left * left.slope);
+  store(grad.right + i, by_right * right.slope);
   store(grad.horizontal.start + i, outside ? zero : -by_xi * at.per_width);
   store(grad.horizontal.size + i, outside ? zero : -(at.xi * by_xi + at.slope * by_slope) * at.per_width);
   store(grad.vertical.start + i, outside ? zero : g);
@@ -550,7 +603,7 @@ void spread(T* __restrict e, int64_t bins, const AxisScale<T>& scale, const Axis
     V factor[kPair], by_start[kPair], by_size[kPair], rest[kPair], chosen[kPair];
     for (int g = 0; g < kPair; ++g) {
       const int64_t j = i + g * lanes;
-      const V per_total = 1 / load(axis.total + j), start = load(grad.start + j), size = load(grad.size + j);
+      const V per_total = load(axis.per_total + j), start = load(grad.start + j), size = load(grad.size + j);
       const V mean = (start * load(axis.before + j) + size * load(axis.own + j)) * per_total;
       factor[g] = scale.rest * per_total;
       by_start[g] = start - mean;
