@@ -71,8 +71,11 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        text = table(options.minutes, options.seed, options.runs or Path(temporary), options.only)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            text = table(options.minutes, options.seed, options.runs or Path(temporary), options.only)
+    except ValueError as error:  # a folder that already holds runs, for one
+        parser.error(str(error))
     options.out.write_text(text)
     print(text, end="")
 
