@@ -28,19 +28,6 @@ int scale_map_of(const std::string& name) {
   return -1;
 }
 
-int type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return static_cast<int>(CouplingType::kFloat32);
-    case ScalarType::Double:
-      return static_cast<int>(CouplingType::kFloat64);
-    case ScalarType::BFloat16:
-      return static_cast<int>(CouplingType::kBFloat16);
-    default:
-      return static_cast<int>(CouplingType::kFloat16);
-  }
-}
-
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   PYGEN_CHECK(same_shape(tensor, x), "affine_coupling: ", name, " must have x's shape ", shape_string(x), ", got ",
               shape_string(tensor));

@@ -13,22 +13,6 @@
 namespace pygen {
 namespace {
 
-CumaxType type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return CumaxType::kFloat32;
-    case ScalarType::Double:
-      return CumaxType::kFloat64;
-    case ScalarType::BFloat16:
-      return CumaxType::kBFloat16;
-    case ScalarType::Half:
-      return CumaxType::kFloat16;
-    default:
-      throw std::runtime_error("cumax: x must be floating point (float64, float32, bfloat16, float16), got " +
-                               dtype_string(x.scalar_type()));
-  }
-}
-
 int64_t checked_dim(const Tensor& x, int64_t dim) {
   const int64_t rank = std::max<int64_t>(x.dim(), 1);
   if (dim < -rank || dim >= rank)
@@ -92,13 +76,20 @@ Tensor over_rows(RowKernel kernel, const Tensor* grad, const Tensor& x, int64_t 
   return out;
 }
 
+int checked_type(const Tensor& x) {
+  PYGEN_CHECK(is_floating(x.scalar_type()),
+              "cumax: x must be floating point (float64, float32, bfloat16, float16), got ",
+              dtype_string(x.scalar_type()));
+  return type_of(x.scalar_type());
+}
+
 Tensor cumax(const Tensor& x, int64_t dim, bool complement) {
-  const auto type = static_cast<int>(type_of(x));
+  const int type = checked_type(x);
   return over_rows(PYGEN_KERNELS(cumax_kernels).forward[type], nullptr, x, checked_dim(x, dim), complement);
 }
 
 Tensor cumax_backward(const Tensor& grad, const Tensor& x, int64_t dim, bool complement) {
-  const auto type = static_cast<int>(type_of(x));
+  const int type = checked_type(x);
   PYGEN_CHECK(same_shape(grad, x), "cumax: the incoming gradient must have x's shape ", shape_string(x), ", got ",
               shape_string(grad));
   PYGEN_CHECK(grad.scalar_type() == x.scalar_type(), "cumax: the incoming gradient must have x's dtype ",

@@ -27,19 +27,6 @@ SplineTails tails_of(const std::string& name) {
   return SplineTails::kNone;
 }
 
-int type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return static_cast<int>(SplineType::kFloat32);
-    case ScalarType::Double:
-      return static_cast<int>(SplineType::kFloat64);
-    case ScalarType::BFloat16:
-      return static_cast<int>(SplineType::kBFloat16);
-    default:
-      return static_cast<int>(SplineType::kFloat16);
-  }
-}
-
 // The leading dimensions of a tensor, the last `trailing` (0 or 1) apart. Too many irregular ones are made contiguous:
 // `owner` then keeps the copy.
 SplineOperand operand_of(const Tensor& tensor, int64_t trailing, Tensor& owner) {

@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/tables.h"
+
 // STD_TORCH_CHECK without the source's path in the sentence: the user reads what was expected and what came.
 #define PYGEN_CHECK(condition, ...)                                                                                 \
   do {                                                                                                              \
@@ -59,6 +61,20 @@ std::string dtype_string(ScalarType dtype);
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
          dtype == ScalarType::Half;
+}
+
+// The place of a floating type in a table of kernels.
+inline int type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return static_cast<int>(FloatType::kFloat32);
+    case ScalarType::Double:
+      return static_cast<int>(FloatType::kFloat64);
+    case ScalarType::BFloat16:
+      return static_cast<int>(FloatType::kBFloat16);
+    default:
+      return static_cast<int>(FloatType::kFloat16);
+  }
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {

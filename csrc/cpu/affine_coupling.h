@@ -50,15 +50,12 @@ struct CouplingTask {
   double clamp;
 };
 
-enum class CouplingType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kCouplingTypes = 4;
-
 // Compute the blocks begin, ..., end - 1.
 using CouplingKernel = void (*)(const CouplingTask&, int64_t begin, int64_t end);
 
 struct CouplingKernels {
-  CouplingKernel forward[kCouplingTypes][kScaleMaps];
-  CouplingKernel backward[kCouplingTypes][kScaleMaps];
+  CouplingKernel forward[kFloatTypes][kScaleMaps];
+  CouplingKernel backward[kFloatTypes][kScaleMaps];
 };
 
 PYGEN_DECLARE_KERNELS(CouplingKernels, coupling_kernels)

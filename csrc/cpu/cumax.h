@@ -22,12 +22,9 @@ struct CumaxTile {
   void* scratch;  // CumaxKernels::scratch_bytes(rows, length) bytes, 64-byte aligned
 };
 
-enum class CumaxType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kCumaxTypes = 4;
-
 struct CumaxKernels {
-  void (*forward[kCumaxTypes])(const CumaxTile&);
-  void (*backward[kCumaxTypes])(const CumaxTile&);
+  void (*forward[kFloatTypes])(const CumaxTile&);
+  void (*backward[kFloatTypes])(const CumaxTile&);
 };
 
 // Rows of a strided dimension are gathered together, as many as share a cache line of floats.

@@ -38,15 +38,12 @@ constexpr int64_t kSplineChunk = 64;
 // Values of scratch, of the computing type, that a thread needs: the exponentials of both axes.
 constexpr int64_t spline_scratch(int64_t bins) { return 2 * bins * kSplineChunk; }
 
-enum class SplineType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-constexpr int kSplineTypes = 4;
-
 // Compute the chunks begin, ..., end - 1; scratch is aligned to 64 bytes.
 using SplineKernel = void (*)(const SplineTask&, int64_t begin, int64_t end, void* scratch);
 
 struct SplineKernels {
-  SplineKernel forward[kSplineTypes];
-  SplineKernel backward[kSplineTypes];
+  SplineKernel forward[kFloatTypes];
+  SplineKernel backward[kFloatTypes];
 };
 
 PYGEN_DECLARE_KERNELS(SplineKernels, spline_kernels)

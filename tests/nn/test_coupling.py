@@ -2,27 +2,10 @@
 
 import pytest
 import torch
+from nn.jacobian import jacobian_log_det, randomized
 
 from pygen import nn
 from pygen.reference import SCALE_MAPS
-
-
-def randomized(module, seed=0, gain=0.5):
-    """Conditioners start at zero; a test needs layers that do something: weights of gain / sqrt(fan-in)."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 16
-        torch.nn.init.normal_(parameter, std=gain / fan_in**0.5, generator=generator)
-    return module
-
-
-def jacobian_log_det(function, x):
-    """log |det dz/dx| of every sample, from autograd's full Jacobian: knows nothing of couplings."""
-    dets = []
-    for sample in x:
-        jacobian = torch.autograd.functional.jacobian(lambda s: function(s[None])[0][0], sample)
-        dets.append(torch.linalg.slogdet(jacobian.reshape(sample.numel(), sample.numel())).logabsdet)
-    return torch.stack(dets)
 
 
 def affine(kind, **options):
