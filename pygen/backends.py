@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pygen import _native
+from pygen import _native, ops
 from pygen.ops import _operator
 
 CAPABILITY_VARIABLE = "PYGEN_CPU_CAPABILITY"
@@ -126,11 +126,11 @@ def services() -> list[Service]:
     """One entry per op and device."""
     if _operator.library is None:
         why = f"{_native.missing_because}; {_native.REBUILD}"
-        return [Service(op, "any", "reference", why) for op in ("cumax", "affine_coupling")]
+        return [Service(op, "any", "reference", why) for op in ops.__all__ if op != "additive_coupling"]
     # additive_coupling is not listed: torch's own addition is its kernel on every device.
-    ops = [name for name in _operator.registered if not name.endswith("_backward")]
-    return [service for op in ops for service in (_cpu_service(op), _gpu_service(op))] + [
-        Service(op, "other", "reference", "no kernel for this device yet") for op in ops
+    names = [name for name in _operator.registered if not name.endswith("_backward")]
+    return [service for op in names for service in (_cpu_service(op), _gpu_service(op))] + [
+        Service(op, "other", "reference", "no kernel for this device yet") for op in names
     ]
 
 
