@@ -121,10 +121,6 @@ struct Folded {
   }
 };
 
-int type_of(const Tensor& x) {
-  return static_cast<int>(x.scalar_type() == ScalarType::Double ? MixType::kFloat64 : MixType::kFloat32);
-}
-
 // Values of x's type in memory of double's size, which fits both.
 struct Typed {
   Doubles memory;
@@ -139,7 +135,7 @@ std::tuple<Tensor, Tensor> mixed(const Tensor& x_, const Folded& folded, double 
   const Typed weight(folded.weight, x.scalar_type()), offset(folded.offset, x.scalar_type());
   const MixTask task{x.const_data_ptr(),   weight.data(),  offset.data(),
                      z.mutable_data_ptr(), shape.channels, shape.pixels};
-  const auto kernel = PYGEN_KERNELS(mix_kernels).forward[type_of(x)];
+  const auto kernel = PYGEN_KERNELS(mix_kernels).forward[type_of(x.scalar_type())];
   const int64_t size = std::max<int64_t>(1, shape.channels * shape.pixels);
   if (shape.pixels > 0)
     parallel_for(shape.samples, std::max<int64_t>(1, kElementsPerTask / size),
@@ -205,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> actnorm_conv1x1_backw
                                samples_per_block,
                                n,
                                shape.pixels};
-    const auto kernel = PYGEN_KERNELS(mix_kernels).backward[type_of(x)];
+    const auto kernel = PYGEN_KERNELS(mix_kernels).backward[type_of(x.scalar_type())];
     parallel_for(blocks, /*grain=*/1, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t i = 0; i < n * n; ++i) grad_weight[i] += partial_weight[b * n * n + i];

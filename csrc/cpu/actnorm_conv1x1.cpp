@@ -6,17 +6,6 @@
 
 PYGEN_BEGIN_LEVEL
 
-// A vector at p of a row of n pixels; behind the end, zeros.
-template <typename T>
-PYGEN_INLINE typename VecOf<T>::vec read(const T* row, int64_t p, int64_t n) {
-  return p + VecOf<T>::lanes <= n ? load(row + p) : load_some(row + p, n - p, T(0));
-}
-
-template <typename T>
-PYGEN_INLINE void write(T* row, int64_t p, int64_t n, typename VecOf<T>::vec v) {
-  p + VecOf<T>::lanes <= n ? store(row + p, v) : store_some(row + p, v, n - p);
-}
-
 // ---- weight x + offset -----------------------------------------------------------------------------------------------
 
 // `rows` rows of z, `vectors` vectors of pixels of each: as many sums side by side as hide an addition's latency.
@@ -77,7 +66,6 @@ void forward(const MixTask& task, int64_t begin, int64_t end) {
 
 // ---- g x^T -----------------------------------------------------------------------------------------------------------
 
-// In pairs: the chain is log2(lanes) additions long.
 template <typename T>
 PYGEN_INLINE double total(typename VecOf<T>::vec v) {
   f64v sum{};

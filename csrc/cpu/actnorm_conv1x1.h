@@ -40,8 +40,7 @@ struct FoldTask {
   double* scratch;  // n x n
 };
 
-enum class MixType { kFloat32, kFloat64 };
-constexpr int kMixTypes = 2;
+constexpr int kMixTypes = 2;  // of FloatType the first: 16-bit tensors are widened by the caller
 
 struct MixKernels {
   void (*forward[kMixTypes])(const MixTask&, int64_t begin, int64_t end);           // samples

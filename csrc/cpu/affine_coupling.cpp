@@ -191,17 +191,6 @@ const compute_t<In>* fetch(const CouplingOperand& operand, const Span& span, com
   return scratch;
 }
 
-// A vector at i of an n-element chunk; behind the end, zeros, which every map takes to a finite number.
-template <typename T>
-PYGEN_INLINE typename VecOf<T>::vec read(const T* p, int64_t i, int64_t n) {
-  return i + VecOf<T>::lanes <= n ? load(p + i) : load_some(p + i, n - i, T(0));
-}
-
-template <typename T>
-PYGEN_INLINE void write(T* p, int64_t i, int64_t n, typename VecOf<T>::vec v) {
-  i + VecOf<T>::lanes <= n ? store(p + i, v) : store_some(p + i, v, n - i);
-}
-
 // ---- chunks ----------------------------------------------------------------------------------------------------------
 
 template <bool shift_first, bool inverse, typename V>

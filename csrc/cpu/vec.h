@@ -142,6 +142,17 @@ PYGEN_INLINE f32half to_f32(f64v v) { return (f32half)_mm256_cvtpd_ps((__m256d)v
 PYGEN_INLINE f64v to_f64(f32half v) { return (f64v)_mm256_cvtps_pd((__m128)v); }
 #endif
 
+// A vector at i of n elements; behind the end, zeros.
+template <typename T>
+PYGEN_INLINE typename VecOf<T>::vec read(const T* p, int64_t i, int64_t n) {
+  return i + VecOf<T>::lanes <= n ? load(p + i) : load_some(p + i, n - i, T(0));
+}
+
+template <typename T>
+PYGEN_INLINE void write(T* p, int64_t i, int64_t n, typename VecOf<T>::vec v) {
+  i + VecOf<T>::lanes <= n ? store(p + i, v) : store_some(p + i, v, n - i);
+}
+
 // In pairs: the chain is log2(lanes) additions long.
 #if PYGEN_VECTOR_BYTES == 64
 PYGEN_INLINE double sum_of_lanes(f64v v) { return _mm512_reduce_add_pd((__m512d)v); }

@@ -63,6 +63,11 @@ class Rules:
 registered: dict[str, Rules] = {}
 
 
+def contiguous_like(x: Tensor) -> Tensor:
+    """What a fake returns for a result of x's shape and dtype: results are contiguous whatever x's strides."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def triton_kernel(name: str, rules: Rules) -> Callable[..., Any]:
     """The op's Triton launcher. Importing Triton takes a second, so it waits for the first call."""
 

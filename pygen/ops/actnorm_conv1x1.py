@@ -8,21 +8,17 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen.ops._operator import Rules, derivative_through_reference, operator
+from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator
 
 _NAMES = ("bias", "log_scale", "lower", "upper", "log_diagonal", "sign", "permutation")
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, *parameters):
-    return _contiguous_like(x), x.new_empty(x.size(0))
+    return contiguous_like(x), x.new_empty(x.size(0))
 
 
 def _fake_backward(grad_z, grad_log_det, x, *parameters):
-    return tuple(_contiguous_like(tensor) for tensor in (x, *parameters[:5]))
+    return tuple(contiguous_like(tensor) for tensor in (x, *parameters[:5]))
 
 
 def _save(ctx, inputs, output):

@@ -7,21 +7,17 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen.ops._operator import Rules, derivative_through_reference, operator
+from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator
 from pygen.reference._dtypes import compute_dtype
 from pygen.reference.affine_coupling import shift_gradient
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, scale, shift, scale_map, shift_first, clamp, inverse):
-    return _contiguous_like(x), x.new_empty(x.size(0), dtype=compute_dtype(x.dtype))
+    return contiguous_like(x), x.new_empty(x.size(0), dtype=compute_dtype(x.dtype))
 
 
 def _fake_backward(grad_y, grad_log_det, x, scale, shift, scale_map, shift_first, clamp, inverse):
-    return _contiguous_like(x), _contiguous_like(scale)
+    return contiguous_like(x), contiguous_like(scale)
 
 
 def _save(ctx, inputs, output):
@@ -45,11 +41,11 @@ def _backward(ctx, grad_y, grad_log_det):
 
 
 def _fake_halves(x, parameters, *options):
-    return _contiguous_like(x), x.new_empty(x.size(0), dtype=compute_dtype(x.dtype))
+    return contiguous_like(x), x.new_empty(x.size(0), dtype=compute_dtype(x.dtype))
 
 
 def _fake_halves_backward(grad_z, grad_log_det, x, parameters, *options):
-    return _contiguous_like(x), _contiguous_like(parameters)
+    return contiguous_like(x), contiguous_like(parameters)
 
 
 def _save_halves(ctx, inputs, output):

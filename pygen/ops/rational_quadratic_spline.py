@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen.ops._operator import Rules, derivative_through_reference, operator
+from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator
 from pygen.reference._dtypes import compute_dtype
 from pygen.reference.rational_quadratic_spline import derivative_count
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, widths, heights, derivatives, *options):
-    return _contiguous_like(x), _contiguous_like(x).to(compute_dtype(x.dtype))
+    return contiguous_like(x), contiguous_like(x).to(compute_dtype(x.dtype))
 
 
 def _fake_backward(grad_y, grad_log_det, *tensors_and_options):
-    return tuple(_contiguous_like(tensor) for tensor in tensors_and_options[:4])
+    return tuple(contiguous_like(tensor) for tensor in tensors_and_options[:4])
 
 
 def _save(ctx, inputs, output):
