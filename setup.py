@@ -34,6 +34,8 @@ KERNEL_FLAGS = [
     "-Wno-stringop-overflow", "-Wno-stringop-overread",
 ]  # fmt: skip
 # GCC schedules before it assigns registers only when told to; without it unrolled chains run one after the other.
+# Simulations are the same bits at every level and on every device: no fused multiply-add that the source does not name.
+EXACT_FLAGS = {"ssa": ["-ffp-contract=off"]}  # by the first word of a file's name
 GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
 X86_LEVELS = {
     "default": [],
@@ -135,6 +137,10 @@ def cuda_decision(torch) -> tuple[str | None, str]:
     return nvcc, nvcc
 
 
+def exact_flags(source: Path) -> list[str]:
+    return EXACT_FLAGS.get(source.stem.partition("_")[0], [])
+
+
 @dataclass
 class Plan:
     """Everything that will be compiled, how, and why; printed before the build, and the source of build.ninja."""
@@ -162,10 +168,11 @@ class Plan:
         kernel_flags = KERNEL_FLAGS + ([] if "clang" in compiler_version(self.compiler) else GCC_SCHEDULING)
         x86 = ["-DPYGEN_X86_LEVELS"] if len(self.levels) > 1 else []
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            self.objects.append(("cxx", source, f"{source.stem}.o", ["-O2", *x86]))
+            self.objects.append(("cxx", source, f"{source.stem}.o", ["-O2", *x86, *exact_flags(source)]))
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for level, flags in self.levels.items():
-                self.objects.append(("cxx", source, f"cpu_{source.stem}.{level}.o", [*kernel_flags, *x86, *flags]))
+                flags = [*kernel_flags, *x86, *flags, *exact_flags(source)]
+                self.objects.append(("cxx", source, f"cpu_{source.stem}.{level}.o", flags))
         for source in self.cuda_sources:
             self.objects.append(("nvcc", source, f"cuda_{source.stem}.o", cuda_archs()))
 

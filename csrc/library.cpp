@@ -37,4 +37,12 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "actnorm_conv1x1_backward(Tensor? grad_z, Tensor? grad_log_det, Tensor x, Tensor bias, Tensor log_scale, "
       "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "ssa_run(Tensor code, Tensor literals, Tensor initial, Tensor parameters, Tensor times, Tensor recorded, "
+      "float start, int first, int seed, int stream, str method, float tau_epsilon, int max_events, int threads, "
+      "Tensor(a!) control, Tensor(b!) counts, Tensor(c!) status, Tensor(d!) n_events, Tensor(e!) stop_time, "
+      "Tensor(f!) log_time, Tensor(g!) log_reaction) -> ()");
+  m.def("ssa_philox(Tensor counter, int key0, int key1) -> Tensor");
+  m.def("ssa_math(int operation, Tensor a, Tensor b) -> Tensor");
 }

@@ -29,3 +29,4 @@
   }
 
 #define PYGEN_INLINE static inline __attribute__((always_inline))
+#define PYGEN_INLINE_MEMBER inline __attribute__((always_inline))
