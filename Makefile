@@ -29,7 +29,7 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel pybind11 ninja numpy $(TORCH)
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[cli,train,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[cli,train,ssa,dev]"
 	@touch $@
 
 # ---- the two commands ----------------------------------------------------------------------------------------------

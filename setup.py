@@ -162,7 +162,9 @@ class Plan:
 
     @property
     def cuda_sources(self) -> list[Path]:
-        return sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if self.nvcc else []
+        """Kernels (.cu) and what launches them (.cpp: nvcc compiles it for the host alone)."""
+        folder = ROOT / "csrc" / "cuda"
+        return sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")]) if self.nvcc else []
 
     def add_objects(self) -> None:
         kernel_flags = KERNEL_FLAGS + ([] if "clang" in compiler_version(self.compiler) else GCC_SCHEDULING)
@@ -217,7 +219,7 @@ class Plan:
             "  deps = gcc",
             "  description = $in ($level)",
             "rule nvcc",
-            f"  command = {self.nvcc} -std=c++17 -O3 --fmad=false -DUSE_CUDA "
+            f"  command = {self.nvcc} -std=c++17 -O3 --fmad=false --threads 0 -DUSE_CUDA "
             f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET} {host_flags} {includes.replace('-isystem', '-I')} "
             "$flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

@@ -7,8 +7,8 @@ namespace {
 
 void check_range(const char* what, const int32_t* values, int64_t n, int64_t low, int64_t high) {
   for (int64_t i = 0; i < n; ++i)
-    PYGEN_CHECK(values[i] >= low && values[i] < high, "ssa_run: damaged program: ", what, "[", i, "] = ", values[i],
-                " is not in [", low, ", ", high, ")");
+    PYGEN_CHECK(values[i] >= low && values[i] < high, "ssa_run: ", what, "[", i, "] = ", values[i], " is not in [", low,
+                ", ", high, ")");
 }
 
 // Ascending offsets from 0 to `total`.
@@ -83,6 +83,15 @@ uint32_t checked_word(const char* name, int64_t x) {
   return static_cast<uint32_t>(x);
 }
 
+void check_devices(const EnsembleTensors& x) {
+  const Tensor* tensors[] = {&x.initial,  &x.parameters, &x.times,    &x.status,
+                             &x.n_events, &x.stop_time,  &x.log_time, &x.log_reaction};
+  for (const Tensor* tensor : tensors)
+    PYGEN_CHECK(tensor->is_cpu() == x.counts.is_cpu() && tensor->get_device_index() == x.counts.get_device_index(),
+                "ssa_run: all tensors but code, literals, recorded and control must be on one device");
+  PYGEN_CHECK(x.control.is_cpu() && x.recorded.is_cpu(), "ssa_run: control and recorded must be on the CPU");
+}
+
 template <typename T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
@@ -91,6 +100,7 @@ T* data(const Tensor& x) {
 }  // namespace
 
 Network checked_network(const Tensor& code, const Tensor& literals) {
+  PYGEN_CHECK(code.is_cpu() && literals.is_cpu(), "ssa_run: code and literals must be on the CPU");
   check_tensor("code", code, ScalarType::Int, 1);
   check_tensor("literals", literals, ScalarType::Double, 1);
   const auto* header = static_cast<const int32_t*>(code.const_data_ptr());
@@ -106,12 +116,14 @@ Network checked_network(const Tensor& code, const Tensor& literals) {
 }
 
 Ensemble checked_ensemble(const EnsembleTensors& x, int64_t* next_row) {
+  check_devices(x);
   const int64_t rows = x.status.size(0), n_times = x.times.size(0), n_recorded = x.recorded.size(0);
   check_rows("initial", x.initial, rows, x.net.species);
   check_rows("parameters", x.parameters, rows, x.net.parameters);
   check_tensor("times", x.times, ScalarType::Double, 1);
   PYGEN_CHECK(n_times >= 1, "ssa_run: times must not be empty");
   check_tensor("recorded", x.recorded, ScalarType::Int, 1);
+  check_range("recorded", data<const int32_t>(x.recorded), n_recorded, 0, x.net.species);
   check_tensor("counts", x.counts, ScalarType::Long, 3);
   PYGEN_CHECK(x.counts.size(0) == rows && x.counts.size(1) == n_times && x.counts.size(2) == n_recorded,
               "ssa_run: counts must be [", rows, ", ", n_times, ", ", n_recorded, "], got ", shape_string(x.counts));

@@ -20,7 +20,7 @@ struct EnsembleTensors {
   Tensor &control, &counts, &status, &n_events, &stop_time, &log_time, &log_reaction;
 };
 
-// Shapes, dtypes and ranges; the pointers are those of the tensors, on whatever device they are.
+// Shapes, dtypes, devices and ranges; the pointers are those of the tensors, on whatever device they are.
 Ensemble checked_ensemble(const EnsembleTensors& tensors, int64_t* next_row);
 
 }  // namespace pygen

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pygen import data as datasets
 from pygen import models
+from pygen._simulate_command import simulate
 
 app = typer.Typer(
     help="Fused, exact and reproducible kernels for generative models in PyTorch.",
@@ -223,6 +224,8 @@ def demo(
     if _demo.run(console, minutes=minutes, out=out, seed=seed):
         raise typer.Exit(INTERRUPTED)
 
+
+app.command()(simulate)
 
 # Installed with the package, but not part of it where only `pygen` itself is on the path.
 with suppress(ModuleNotFoundError):

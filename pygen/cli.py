@@ -13,6 +13,11 @@ _EXTRAS = {
     "accelerate": "train",
     "safetensors": "train",
     "sklearn": "train",
+    "libsbml": "ssa",
+    "scipy": "ssa",
+    "xarray": "ssa",
+    "h5netcdf": "ssa",
+    "pandas": "ssa",
 }
 
 

@@ -20,7 +20,7 @@ struct Law {
 };
 
 // The changes of one species by reaction, as a table to look up in registers.
-constexpr int kTable = 16;
+constexpr int kTable = 32;
 struct Row {
   int64_t species;
   double change[kTable];
@@ -38,7 +38,26 @@ PYGEN_INLINE bool all_set(i64v mask) {
 #endif
 }
 
-PYGEN_INLINE i64v constant_integer(int64_t x) { return i64v{} + x; }
+// change[choice] where `jump`, else 0. Long: more than 16 entries, at most 32.
+template <bool Long>
+PYGEN_INLINE f64v looked_up(const double* change, i64v choice, i64v jump) {
+#if PYGEN_VECTOR_BYTES == 64
+  const __mmask8 some = _mm512_movepi64_mask((__m512i)jump);
+  const __m512d first =
+      _mm512_maskz_permutex2var_pd(some, _mm512_loadu_pd(change), (__m512i)choice, _mm512_loadu_pd(change + kLanes));
+  if (!Long) return (f64v)first;
+  const __mmask8 beyond = _mm512_test_epi64_mask((__m512i)choice, _mm512_set1_epi64(16)) & some;
+  return (f64v)_mm512_mask_blend_pd(beyond, first,
+                                    _mm512_permutex2var_pd(_mm512_loadu_pd(change + 2 * kLanes), (__m512i)choice,
+                                                           _mm512_loadu_pd(change + 3 * kLanes)));
+#elif PYGEN_VECTOR_BYTES == 32
+  return (f64v)_mm256_mask_i64gather_pd(_mm256_setzero_pd(), change, (__m256i)choice, (__m256d)jump, 8);
+#else
+  f64v found = {};
+  for (int i = 0; i < kLanes; ++i) found[i] = jump[i] ? change[choice[i]] : 0.0;
+  return found;
+#endif
+}
 
 class Crew {
  public:
@@ -96,10 +115,10 @@ class Crew {
     }
   }
 
-  // One row a species that reactions change; the column behind the last reaction is that of lanes without one.
+  // One row a species that reactions change. None where the tables would not pay: the lanes are then done one by one.
   void prepare_rows() {
     n_rows_ = 0;
-    if (net_.reactions >= kTable) return;
+    if (net_.reactions > kTable) return;
     for (int32_t s = 0; s < net_.species; ++s) {
       Row row = {int64_t{s} * kWidth, {}};
       bool changes = false;
@@ -235,7 +254,6 @@ class Crew {
     if (!all_set(all)) look_at_lanes(time, total, jump);
     count(pick, choice);
     for (int g = 0; g < kGroup; ++g) {
-      choice[g] = jump[g] ? choice[g] : constant_integer(kTable - 1);
       store(time_of(g), jump[g] ? time[g] : load(time_of(g)));
     }
     apply(choice, jump);
@@ -272,20 +290,29 @@ class Crew {
   PYGEN_INLINE_MEMBER void apply(const i64v (&choice)[kGroup], const i64v (&jump)[kGroup]) {
     i64v none = {};
     for (int g = 0; g < kGroup; ++g) none |= jump[g] & (choice[g] >= net_.reactions);
-#if PYGEN_VECTOR_BYTES == 64
     if (n_rows_ > 0 && all_set(~none)) {
-      for (int32_t r = 0; r < n_rows_; ++r) {
-        const Row& row = rows_[r];
-        const __m512d low = _mm512_loadu_pd(row.change), high = _mm512_loadu_pd(row.change + kLanes);
-#pragma GCC unroll 2
-        for (int g = 0; g < kGroup; ++g) {
-          double* at = values_ + row.species + g * kLanes;
-          store(at, load(at) + (f64v)_mm512_permutex2var_pd(low, (__m512i)choice[g], high));
-        }
-      }
-      return;
+      if (net_.reactions <= kTable / 2)
+        apply_rows<false>(choice, jump);
+      else
+        apply_rows<true>(choice, jump);
+    } else {
+      apply_by_lane(choice, jump);
     }
-#endif
+  }
+
+  // Looks the changes up in registers, or in memory where the vectors are too short to hold a table.
+  template <bool Long>
+  PYGEN_INLINE_MEMBER void apply_rows(const i64v (&choice)[kGroup], const i64v (&jump)[kGroup]) {
+    for (int32_t r = 0; r < n_rows_; ++r) {
+      const double* change = rows_[r].change;
+      double* at = values_ + rows_[r].species;
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroup; ++g)
+        store(at + g * kLanes, load(at + g * kLanes) + looked_up<Long>(change, choice[g], jump[g]));
+    }
+  }
+
+  __attribute__((noinline)) void apply_by_lane(const i64v (&choice)[kGroup], const i64v (&jump)[kGroup]) {
     int64_t choices[kWidth], jumps_now[kWidth];
     memcpy(choices, choice, sizeof choices);
     memcpy(jumps_now, jump, sizeof jumps_now);

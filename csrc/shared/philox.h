@@ -15,7 +15,7 @@ struct Philox {
 
 template <class Word>
 PYGEN_SHARED Philox<Word> philox4x32(Word c0, Word c1, Word c2, Word c3, uint32_t key0, uint32_t key1) {
-#pragma GCC unroll 10
+  PYGEN_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint32_t k0 = key0 + static_cast<uint32_t>(round) * 0x9E3779B9u;
     const uint32_t k1 = key1 + static_cast<uint32_t>(round) * 0xBB67AE85u;

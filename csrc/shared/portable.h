@@ -18,9 +18,15 @@
   }                     \
   }
 #define PYGEN_SHARED static __host__ __device__ __forceinline__
+// Of what is called from many places and too long to stand in each: it takes pointers and numbers, no structures, which
+// would have to lie in memory.
+#define PYGEN_SHARED_CALL static __host__ __device__ __noinline__
+#define PYGEN_UNROLL _Pragma("unroll")
 #else
 #include "../cpu/vec.h"
 #define PYGEN_SHARED PYGEN_INLINE
+#define PYGEN_SHARED_CALL static __attribute__((noinline, unused))
+#define PYGEN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 PYGEN_BEGIN_LEVEL

@@ -36,12 +36,11 @@ enum Operation : int32_t {
   kOperations,
 };
 
-// Instructions [begin, end) on the values of Group * lanes trajectories; slot s stands at values + s * stride.
+// Instructions [code, end) on the values of Group * lanes trajectories; slot s stands at values + s * stride.
 template <class Real, int Group>
-PYGEN_SHARED void run_program(const Network& net, int32_t begin, int32_t end, double* values, int64_t stride) {
+PYGEN_SHARED_CALL void interpret(const int32_t* code, const int32_t* end, double* values, int64_t stride) {
   constexpr int kLanes = WordOf<Real>::lanes;
-  for (int32_t i = begin; i < end; ++i) {
-    const int32_t* code = net.code + int64_t{kInstructionInts} * i;
+  for (; code != end; code += kInstructionInts) {
     double* out = values + code[1] * stride;
     const double *a = values + code[2] * stride, *b = values + code[3] * stride, *c = values + code[4] * stride;
     const Real one = constant<Real>(1.0), zero{};
@@ -84,6 +83,13 @@ PYGEN_SHARED void run_program(const Network& net, int32_t begin, int32_t end, do
 #undef PYGEN_B
 #undef PYGEN_C
   }
+}
+
+template <class Real, int Group>
+PYGEN_SHARED void run_program(const Network& net, int32_t begin, int32_t end, double* values, int64_t stride) {
+  if (begin == end) return;
+  const int32_t* code = net.code + int64_t{kInstructionInts} * begin;
+  interpret<Real, Group>(code, code + int64_t{kInstructionInts} * (end - begin), values, stride);
 }
 
 PYGEN_END_LEVEL
