@@ -26,17 +26,26 @@ struct Row {
   double change[kTable];
 };
 
-PYGEN_INLINE bool all_set(i64v mask) {
+// A bit for every element that is not 0.
+PYGEN_INLINE uint32_t bits_of(i64v mask) {
 #if PYGEN_VECTOR_BYTES == 64
-  return _mm512_movepi64_mask((__m512i)mask) == 0xff;
+  return _mm512_movepi64_mask((__m512i)mask);
 #elif PYGEN_VECTOR_BYTES == 32
-  return _mm256_movemask_pd((__m256d)mask) == 0xf;
+  return _mm256_movemask_pd((__m256d)mask);
 #else
-  bool all = true;
-  for (int i = 0; i < kLanes; ++i) all &= mask[i] != 0;
-  return all;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] != 0) << i;
+  return bits;
 #endif
 }
+
+PYGEN_INLINE uint32_t bits_of(const i64v (&mask)[kGroup]) {
+  uint32_t bits = 0;
+  for (int g = 0; g < kGroup; ++g) bits |= bits_of(mask[g]) << g * kLanes;
+  return bits;
+}
+
+constexpr uint32_t kAllLanes = (1u << kWidth) - 1;
 
 // change[choice] where `jump`, else 0. Long: more than 16 entries, at most 32.
 template <bool Long>
@@ -243,15 +252,14 @@ class Crew {
       scan<true>(total);
     else
       scan<false>(total);
-    i64v all = i64v{} - 1;
     for (int g = 0; g < kGroup; ++g) {
       time[g] = next_time<f64v>(load(time_of(g)), total[g], waited[g]);
       time[g] = total[g] >= 0.0 ? time[g] : total[g];
       jump[g] = time[g] < load(alarm_ + g * kLanes);
-      all &= jump[g];
       pick[g] = pick[g] * total[g];
     }
-    if (!all_set(all)) look_at_lanes(time, total, jump);
+    const uint32_t waiting = kAllLanes & ~bits_of(jump);
+    if (waiting) look_at_lanes(waiting, time, total, jump);
     count(pick, choice);
     for (int g = 0; g < kGroup; ++g) {
       store(time_of(g), jump[g] ? time[g] : load(time_of(g)));
@@ -261,19 +269,16 @@ class Crew {
   }
 
   // Lanes whose waiting time is beyond the next grid time or breakpoint, or not a number; idle lanes too.
-  __attribute__((noinline)) void look_at_lanes(const f64v* time, const f64v* total, i64v* jump) {
-    double times[kWidth], totals[kWidth];
-    int64_t jumps_now[kWidth];
-    memcpy(times, time, sizeof times);
-    memcpy(totals, total, sizeof totals);
-    memcpy(jumps_now, jump, sizeof jumps_now);
-    for (int lane = 0; lane < kWidth; ++lane)
-      if (!jumps_now[lane] && trajectory_[lane].row >= 0) jumps_now[lane] = cross_lane(lane, times[lane], totals[lane]);
-    memcpy(jump, jumps_now, sizeof jumps_now);
+  __attribute__((noinline)) void look_at_lanes(uint32_t lanes, const f64v* time, const f64v* total, i64v* jump) {
+    for (; lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes), group = lane / kLanes, element = lane % kLanes;
+      if (trajectory_[lane].row >= 0 && cross_lane(lane, time[group][element], total[group][element]))
+        jump[group][element] = -1;
+    }
   }
 
-  // -1: the lane's reaction takes place; 0: not in this pass.
-  int64_t cross_lane(int lane, double time, double total) {
+  // Whether the lane's reaction takes place in this pass all the same.
+  bool cross_lane(int lane, double time, double total) {
     Trajectory& t = trajectory_[lane];
     t.passes = passes_[lane];
     Status status = kInvalidPropensity;
@@ -284,13 +289,13 @@ class Crew {
       close(lane, status);
     else
       resume(lane);
-    return crossing == kJump ? -1 : 0;
+    return crossing == kJump;
   }
 
   PYGEN_INLINE_MEMBER void apply(const i64v (&choice)[kGroup], const i64v (&jump)[kGroup]) {
-    i64v none = {};
-    for (int g = 0; g < kGroup; ++g) none |= jump[g] & (choice[g] >= net_.reactions);
-    if (n_rows_ > 0 && all_set(~none)) {
+    i64v none[kGroup];
+    for (int g = 0; g < kGroup; ++g) none[g] = jump[g] & (choice[g] >= net_.reactions);
+    if (n_rows_ > 0 && bits_of(none) == 0) {
       if (net_.reactions <= kTable / 2)
         apply_rows<false>(choice, jump);
       else
@@ -313,22 +318,18 @@ class Crew {
   }
 
   __attribute__((noinline)) void apply_by_lane(const i64v (&choice)[kGroup], const i64v (&jump)[kGroup]) {
-    int64_t choices[kWidth], jumps_now[kWidth];
-    memcpy(choices, choice, sizeof choices);
-    memcpy(jumps_now, jump, sizeof jumps_now);
-    for (int lane = 0; lane < kWidth; ++lane) {
-      if (!jumps_now[lane]) continue;
-      int32_t j = static_cast<int32_t>(choices[lane]);
+    for (uint32_t lanes = bits_of(jump); lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      int32_t j = static_cast<int32_t>(choice[lane / kLanes][lane % kLanes]);
       if (j >= net_.reactions) j = last_possible(net_, partial_ + lane, kWidth);
       apply_reaction(net_, j, lane_values(lane), kWidth);
     }
   }
 
   // After the reactions: counts that may have become invalid, triggers, the stopping condition, the cap on reactions.
-  __attribute__((noinline)) void look_after(const i64v* jump) {
+  __attribute__((noinline)) void look_after(const i64v (&jump)[kGroup]) {
     run_program<f64v, kGroup>(net_, net_.check_begin, net_.check_end, values_, kWidth);
     i64v attention[kGroup];
-    int64_t lanes[kWidth];
     for (int g = 0; g < kGroup; ++g) {
       attention[g] = i64v{};
       if (net_.attention_slot >= 0)
@@ -345,9 +346,7 @@ class Crew {
       }
       attention[g] &= jump[g];
     }
-    memcpy(lanes, attention, sizeof lanes);
-    for (int lane = 0; lane < kWidth; ++lane)
-      if (lanes[lane]) attend(lane);
+    for (uint32_t lanes = bits_of(attention); lanes; lanes &= lanes - 1) attend(__builtin_ctz(lanes));
     remember_triggers();
   }
 

@@ -4,6 +4,7 @@ States are rows of an int64 array. A row is found again by its key, a linear has
 to every key; rows with equal keys are compared, so that a collision is noticed and never believed.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ class Chain:
         return ", ".join(f"{name} = {count}" for name, count in zip(self.species, state.tolist(), strict=True))
 
 
+@lru_cache(maxsize=64)
 def _multipliers(seed: int, n: int) -> Array:
     """(n,) odd uint64."""
     numbers = np.random.default_rng(seed).integers(2**63, size=n, dtype=np.uint64)

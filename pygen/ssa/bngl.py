@@ -323,9 +323,18 @@ def read_bngl_net(path: str | PathLike[str]) -> Network:
             `parse` does not know; with file and line number.
 
     Example:
-        >>> net = pygen.ssa.read_bngl_net("egfr_net.net")
-        >>> net.labels["S1"], net.observables[:2]
-        ('egf(r)', ('Dimers', 'Sos_act'))
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from pygen.ssa.bngl import read_bngl_net
+        >>> lines = "begin parameters", "1 k 0.5", "end parameters", "begin species", "1 A(b) 10", "end species"
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "pairs.net"
+        ...     _ = path.write_text("\n".join([*lines, "begin reactions", "1 1,1 0 0.5*k", "end reactions"]))
+        ...     net = read_bngl_net(path)
+        >>> print(net.propensity_table(), net.labels, sep="\n")
+        r0  2 S1 -> 0  0.5 * k * S1 * (S1 - 1)
+        mass action is falling: c * n! / (n - nu)! for every reactant
+        {'S1': 'A(b)'}
 
     Source: Blinov et al., BioNetGen: software for rule-based modeling of signal transduction, Bioinformatics 20, 2004.
     """

@@ -22,7 +22,7 @@ UNIT = 2.0**-53  # half the distance from 1 to the next float64
 SHORTEST_STEP, FIRST_STEP, LONGEST_STEP = 1.0, 64.0, 512.0
 TAIL_SHARE = 0.05  # of a step's allowance, for jumps beyond the last product
 DROP_SHARE = 0.1  # of the budget at hand, for states dropped as negligible
-DROP_AT_LEAST = 0.25  # of the set; dropping fewer is not worth a new matrix
+DROP_AT_LEAST = 0.5  # of the set; dropping fewer is not worth a new matrix
 FIRST_LAYERS = 4  # jumps ahead of the set; doubled up to MOST_LAYERS when that was not enough
 Result = TypeVar("Result")
 

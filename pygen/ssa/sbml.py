@@ -372,8 +372,11 @@ def read_sbml(source: str | PathLike[str]) -> Network:
         ValueError: the document cannot be read, or has something that is not supported.
 
     Example:
-        >>> net = pygen.ssa.read_sbml("model.xml")
-        >>> print(net.propensity_table())
+        >>> from pygen.ssa import Network, Reaction, read_sbml, write_sbml
+        >>> text = write_sbml(Network({"A": 10}, {"k": 0.5}, [Reaction({"A": 2}, {"A": 1}, rate="k")]))
+        >>> print(read_sbml(text).propensity_table())
+        r0  2 A -> A  0.5 * k * A * (A - 1)
+        mass action is falling: c * n! / (n - nu)! for every reactant
 
     Source: Hucka et al., The Systems Biology Markup Language (SBML): language specification for level 3 version 1 core.
     """

@@ -84,9 +84,19 @@ def read_stochkit(path: str | PathLike[str]) -> Network:
             that is not declared, an initial population that is not a whole number.
 
     Example:
-        >>> net = pygen.ssa.read_stochkit("heat_shock.xml")
-        >>> len(net.species), len(net.reactions)
-        (28, 61)
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from pygen.ssa.stochkit import read_stochkit
+        >>> species = "<Species><Id>A</Id><InitialPopulation>10</InitialPopulation></Species>"
+        >>> reaction = "<Reaction><Id>birth</Id><Type>mass-action</Type><Rate>2</Rate>"
+        >>> reaction += "<Products><SpeciesReference id='A'/></Products></Reaction>"
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "birth.xml"
+        ...     lists = f"<SpeciesList>{species}</SpeciesList><ReactionsList>{reaction}</ReactionsList>"
+        ...     _ = path.write_text(f"<Model>{lists}</Model>")
+        ...     net = read_stochkit(path)
+        >>> print(net.reactions[0], net.initial)
+        0 -> A [10]
 
     Source: Sanft et al., StochKit2: software for discrete stochastic simulation of biochemical systems with events,
     Bioinformatics 27, 2011.
