@@ -12,6 +12,7 @@ from pygen import _native, ops
 from pygen.ops import _operator
 
 CAPABILITY_VARIABLE = "PYGEN_CPU_CAPABILITY"
+SIMULATION = "ssa.simulate"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class cpu_capability:
 
     Without an argument, the current level's name is its string. With one, the level is set; as a context manager, until
     the block ends. The best level of the machine is taken at import unless the environment's PYGEN_CPU_CAPABILITY names
-    another. Levels differ in speed, and in results by rounding only.
+    another. Levels differ in speed, and in results by rounding only (in simulations not even by that).
 
     Raises:
         ValueError: this machine, or this build, does not have the level.
@@ -122,16 +123,32 @@ def _cpu_service(op: str) -> Service:
     return Service(op, "cpu", f"C++ {level}", lowered)
 
 
+def _simulation_services() -> list[Service]:
+    """The stochastic simulation engine: C++ on the CPU, CUDA C++ on a GPU, plain Python without either."""
+    if _native.C is None:
+        return [Service(SIMULATION, "cpu", "reference", f"{_native.missing_because}; {_native.REBUILD}")]
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("pygen::ssa_run", "CUDA")
+    if not torch.cuda.is_available():
+        on_gpu = Service(SIMULATION, "cuda", "none", "torch sees no CUDA device here")
+    elif not built:
+        without = f"built without CUDA: {_native.C.build_info()['cuda']}; set CUDA_HOME and {_native.REBUILD}"
+        on_gpu = Service(SIMULATION, "cuda", "none", without)
+    else:
+        on_gpu = Service(SIMULATION, "cuda", "CUDA C++", "")
+    return [_cpu_service(SIMULATION), on_gpu, Service(SIMULATION, "other", "none", "no kernel for this device yet")]
+
+
 def services() -> list[Service]:
     """One entry per op and device."""
     if _operator.library is None:
         why = f"{_native.missing_because}; {_native.REBUILD}"
-        return [Service(op, "any", "reference", why) for op in ops.__all__ if op != "additive_coupling"]
+        plain = [Service(op, "any", "reference", why) for op in ops.__all__ if op != "additive_coupling"]
+        return plain + _simulation_services()
     # additive_coupling is not listed: torch's own addition is its kernel on every device.
     names = [name for name in _operator.registered if not name.endswith("_backward")]
-    return [service for op in names for service in (_cpu_service(op), _gpu_service(op))] + [
-        Service(op, "other", "reference", "no kernel for this device yet") for op in names
-    ]
+    here = [service for op in names for service in (_cpu_service(op), _gpu_service(op))]
+    other = [Service(op, "other", "reference", "no kernel for this device yet") for op in names]
+    return here + other + _simulation_services()
 
 
 def _build_lines() -> list[str]:
