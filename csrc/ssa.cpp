@@ -43,11 +43,11 @@ void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, 
              Tensor status, Tensor n_events, Tensor stop_time, Tensor log_time, Tensor log_reaction) {
   const Network net = checked_network(code, literals);
   int64_t next_row = 0;
-  const Ensemble run =
-      checked_ensemble({net, initial, parameters, times, recorded, start, first, seed, stream, tau_epsilon, max_events,
-                        control, counts, status, n_events, stop_time, log_time, log_reaction},
-                       &next_row);
+  Ensemble run = checked_ensemble({net, initial, parameters, times, recorded, start, first, seed, stream, tau_epsilon,
+                                   max_events, control, counts, status, n_events, stop_time, log_time, log_reaction},
+                                  &next_row);
   PYGEN_CHECK(threads >= 1, "ssa_run: threads must be at least 1, got ", threads);
+  run.share = (run.rows + threads - 1) / threads;
   const SsaKernels& kernels = PYGEN_KERNELS(ssa_kernels);
   if (method == "direct")
     on_threads(kernels.direct, kernels.direct_scratch(net), net, run, threads);

@@ -148,6 +148,7 @@ Ensemble checked_ensemble(const EnsembleTensors& x, int64_t* next_row) {
   run.start = x.start;
   run.first = static_cast<uint64_t>(x.first);
   run.rows = rows;
+  run.share = rows;
   run.seed = checked_word("seed", x.seed);
   run.stream = checked_word("stream", x.stream);
   run.max_events = x.max_events < 0 ? INT64_MAX : x.max_events;

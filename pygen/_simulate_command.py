@@ -189,4 +189,4 @@ def _report(run: "Run") -> None:
             soft_wrap=True,
         )
     if run.interrupted:
-        console.print("interrupted: the statistics are of the trajectories that were finished", soft_wrap=True)
+        console.print("interrupted: the statistics are of the trajectories that were finished first", soft_wrap=True)

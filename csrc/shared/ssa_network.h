@@ -101,6 +101,7 @@ struct Ensemble {
   double* log_time;   // [log_size]; log_reaction: events are numbered behind the reactions
   int32_t* log_reaction;
   int64_t log_size;
+  int64_t share;      // trajectories for a thread at a time, at most
   int64_t* next_row;  // claimed one after the other, by all threads
   int64_t* control;   // [0] not 0: stop; [1] trajectories finished
 };

@@ -18,11 +18,10 @@ PYGEN_SHARED Real propensity(const Network& net, int32_t j, const double* values
   return a;
 }
 
-// What the scan over the reactions leaves: a0, and whether all propensities were numbers >= 0. (Mass action with valid
-// rates and counts cannot fail; then only the total is looked at, for an infinite one.)
+// t - log(u) / a0: the time of the next reaction; never, where nothing can happen.
 template <class Real>
 PYGEN_SHARED Real next_time(Real time, Real total, Real u) {
-  return total > 0.0 ? time + -log_of_normal(u) / total : constant<Real>(kInfinity);
+  return total > 0.0 ? time - log_of_normal(u) / total : constant<Real>(kInfinity);
 }
 
 // The partial sums p_0 .. p_{R-1} into partial + j * stride; returns a0 = p_{R-1}, NaN if a law is not >= 0 or a0 is not

@@ -146,13 +146,16 @@ PYGEN_SHARED Status begin_trajectory(const Network& net, const Ensemble& run, Tr
   t = {row, 0, 0, 0, 0, kInfinity};
   run_program<double, 1>(net, net.setup_begin, net.setup_end, values, stride);
   if (net.breaks) t.next_break = next_break(net, values, stride, run.start);
-  // Where no state changes the rates they are looked at once, here; otherwise every law in every pass.
-  if (!net.check_laws)
-    for (int32_t j = 0; j < net.reactions; ++j)
-      if (!(values[net.rate_slot[j] * stride] >= 0.0)) return kInvalidPropensity;
   if (net.check_begin == net.check_end) return kRunning;
   check_triggers(net, values, stride);
   return stop_or_go_on(run, t, values, stride, settle(net, run, t, values, stride));
+}
+
+// Whether a pass must look at every law: always where the state changes the rates, else where one of them is not >= 0.
+PYGEN_SHARED bool must_check_laws(const Network& net, const double* values, int64_t stride) {
+  bool check = net.check_laws != 0;
+  for (int32_t j = 0; j < net.reactions; ++j) check |= !(values[net.rate_slot[j] * stride] >= 0.0);
+  return check;
 }
 
 enum Crossing { kJump, kAgain, kEnded };

@@ -17,7 +17,13 @@ def find_group(group: Any) -> Any:
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
-    return (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
+    """This process's rank in the group, and how many ranks there are."""
+    if group is None:
+        return 0, 1
+    rank = distributed.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: this process is not one of its ranks")
+    return rank, distributed.get_world_size(group)
 
 
 def _exchange(tensor: Tensor, group: Any, operation: Any) -> Tensor:

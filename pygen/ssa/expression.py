@@ -38,12 +38,15 @@ LONGEST_CHAIN = 16
 def symbols(expr: Expr) -> set[str]:
     """All names in the expression, without `time`."""
     names: set[str] = set()
-
-    def visit(node: Expr, _: list[None]) -> None:
-        if isinstance(node, Symbol):
+    seen: set[int] = set()
+    stack = [expr]
+    while stack:  # a plain loop: of a long sum of observables this is most of what reading it costs
+        node = stack.pop()
+        if type(node) is Symbol:
             names.add(node.name)
-
-    walk(expr, visit)
+        elif type(node) is Call and id(node) not in seen:
+            seen.add(id(node))
+            stack.extend(node.args)
     return names
 
 

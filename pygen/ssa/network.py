@@ -106,7 +106,7 @@ class Network:
         in_laws = {*self.species, *parameters, *rules}
         self.rules = self._definitions("rule", rules, in_laws)
         everything = in_laws | observables.keys()
-        self.observables = self._definitions("observable", observables, everything)
+        self.observables = self._definitions("observable", observables, everything, in_laws=False)
         self._in_laws = in_laws
 
         targets = {target for event in self.events for target in event.assignments}
@@ -122,7 +122,7 @@ class Network:
     # ---- construction
 
     def _read(self, formula: Formula, known: Collection[str], where: str) -> Expr:
-        """The folded tree of an expression all of whose names are known."""
+        """The tree of an expression all of whose names are known."""
         try:
             expr = parse(formula)
         except (ValueError, TypeError) as error:
@@ -134,10 +134,10 @@ class Network:
             raise ValueError(
                 f"{where}: unknown name {min(unknown)!r} in {to_text(expr)!r}; known here: {shown or 'no names'}"
             )
-        return fold(expr)
+        return expr
 
     def _inline(self, expr: Expr) -> Expr:
-        return fold(substitute(expr, self._inlined)) if self._inlined else expr
+        return fold(substitute(expr, self._inlined) if self._inlined else expr)
 
     def law(self, formula: Formula, where: str) -> Expr:
         """An expression as the engine gets it: names checked, rules inlined, constants folded, time in steps.
@@ -152,7 +152,7 @@ class Network:
         derived: dict[str, Formula] = {}
         for name, value in parameters.items():
             if isinstance(value, str) or not isinstance(value, Real):
-                expr = self._read(value, parameters.keys(), f"parameter {name!r}")
+                expr = fold(self._read(value, parameters.keys(), f"parameter {name!r}"))
                 if isinstance(expr, Number):
                     values[name] = expr.value
                 else:
@@ -163,9 +163,13 @@ class Network:
         self.parameter_values = np.array(list(values.values()), dtype=np.float64)
         self.derived = self._definitions("parameter", derived, parameters.keys())
 
-    def _definitions(self, kind: str, formulas: Mapping[str, Formula], known: Collection[str]) -> dict[str, Expr]:
-        """Named expressions, each after those that it uses; also adds them to what laws inline."""
+    def _definitions(
+        self, kind: str, formulas: Mapping[str, Formula], known: Collection[str], *, in_laws: bool = True
+    ) -> dict[str, Expr]:
+        """Named expressions, each after those that it uses; also adds them to what laws inline, where laws know them."""
         trees = {name: self._read(formula, known, f"{kind} {name!r}") for name, formula in formulas.items()}
+        if in_laws:
+            trees = {name: fold(tree) for name, tree in trees.items()}
         needs = {name: symbols(tree) & trees.keys() for name, tree in trees.items()}
         ordered: dict[str, Expr] = {}
         while len(ordered) < len(trees):
@@ -176,7 +180,8 @@ class Network:
             for name in ready:
                 ordered[name] = trees[name]
                 # `time` is a tree of its own and cannot be shadowed: only names are replaced.
-                self._inlined[name] = self._inline(trees[name])
+                if in_laws:
+                    self._inlined[name] = self._inline(trees[name])
         return ordered
 
     def _initial(self, name: str, value: Formula) -> int:

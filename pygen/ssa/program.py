@@ -33,6 +33,8 @@ HEADER = (
 PERSISTENT, VALUES_AT_TRIGGER_TIME = 1, 2
 # A count may grow by this much per jump without a look at it: 2^53 is then billions of jumps away.
 LARGEST_UNCHECKED_CHANGE = 2**20
+# The engine has one bit for each event that waits for its turn.
+LARGEST_NUMBER_OF_EVENTS = 64
 # Until all literals are known, a slot that lies behind them bears a provisional number from one of these on.
 _LITERAL, _TIME, _TEMPORARY = 1 << 28, 1 << 29, 1 << 30
 
@@ -389,7 +391,7 @@ def compile_network(network: "Network", stop: "Formula | None" = None) -> Progra
         stop: an expression; the trajectory ends at the first jump, event or instant after which it is true.
 
     Raises:
-        ValueError: the stopping condition cannot be read or has an unknown name.
+        ValueError: the stopping condition cannot be read or has an unknown name; more than 64 events.
 
     Example:
         >>> from pygen.ssa.network import Network, Reaction
@@ -397,6 +399,8 @@ def compile_network(network: "Network", stop: "Formula | None" = None) -> Progra
         >>> print(compile_network(net).describe().splitlines()[1])
         r0: %0 * A * (A - 1); A -2
     """
+    if len(network.events) > LARGEST_NUMBER_OF_EVENTS:
+        raise ValueError(f"Network: expected at most {LARGEST_NUMBER_OF_EVENTS} events, got {len(network.events)}")
     compiler = _Compiler(network)
     compiler.laws()
     compiler.events(None if stop is None else network.law(stop, "stop"))

@@ -86,9 +86,9 @@ class Moments:
 
     def add(self, counts: Tensor) -> None:
         """Take in counts, int64 [n, T, K]; rows of -1 are left out."""
-        n, per_row = counts.size(0), max(1, counts[0].numel() if len(counts) else 1)
+        per_row = max(1, counts.size(1) * counts.size(2))
         rows = min(_PIECE_ELEMENTS[counts.device.type] // per_row + 1, _PIECE_ROWS[self.cross])
-        for piece in counts.split(rows) if n else ():
+        for piece in counts.split(rows) if len(counts) else ():
             lowest, highest = (int(x) for x in piece.aminmax())
             present = _present(piece, lowest)
             if present is None:
@@ -185,8 +185,11 @@ class Histogram:
 
     def add(self, counts: Tensor) -> None:
         """Take in counts, int64 [n, T]; those of -1 are left out."""
-        if counts.numel() == 0:
-            return
+        if counts.numel():
+            for piece in counts.split(_PIECE_ELEMENTS[counts.device.type] // self.n_times + 1):
+                self._add(piece)
+
+    def _add(self, counts: Tensor) -> None:
         lowest, highest = (int(x) for x in counts.aminmax())
         inside = None if lowest >= 0 else counts >= 0
         if inside is not None:
@@ -198,7 +201,7 @@ class Histogram:
             bins = counts - self.low
         else:
             bins, inside = self._between_edges(counts, inside)
-        # bin + bins * time; what is not to be counted goes to one more cell behind all others.
+        # In one row of all cells: bin + bins * time.
         n_bins = self.cells.size(1)
         index = bins + n_bins * torch.arange(self.n_times, device=counts.device)
         index = index[inside] if inside is not None else index.flatten()

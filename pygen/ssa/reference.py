@@ -5,7 +5,7 @@ operation in a fixed order; whoever reorders one changes the bits of trajectorie
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +38,7 @@ class Trajectory:
     state: np.ndarray
     """int64 [S], at the end."""
     path: list[tuple[float, int]] = field(default_factory=list)
-    """Time and index of every reaction that fired, if asked for."""
+    """If asked for: time and index of every reaction that fired; event e counts as index R + e."""
 
 
 # ---- random numbers
@@ -187,6 +187,7 @@ class _Run:
         self.row = 0
         self.t = 0.0
         self.n_events = 0
+        self.path: list[tuple[float, int]] = []
         slots = {name: slot for slot, name in enumerate((*net.species, *net.parameters))}
 
         def formula(expr: Expr) -> Formulae:
@@ -222,22 +223,28 @@ class _Run:
     def join(self, waiting: dict[int, list[float] | None]) -> None:
         """Look at all triggers: some waiting events leave, those whose trigger turned true join.
 
-        One that waits already is not added a second time.
+        One that waits already is not added a second time; its new values are then those of the later time.
         """
         true = [trigger(self.values, self.t) != 0 for trigger in self.triggers]
         for index, event in enumerate(self.net.events):
             if index in waiting and not event.persistent and not true[index]:
                 del waiting[index]
-            if true[index] and not self.previous[index] and index not in waiting:
+            if true[index] and not self.previous[index]:
                 waiting[index] = self.new_values(index) if event.values_from_trigger_time else None
         self.previous = true
 
     def new_values(self, index: int) -> list[float]:
         return [value(self.values, self.t) for value in self.assignments[index]]
 
-    def priority(self, index: int) -> float:
-        priority = self.priorities[index]
-        return -math.inf if priority is None else priority(self.values, self.t)
+    def next_waiting(self, waiting: Collection[int]) -> int:
+        """The waiting event of the highest priority, of equals the first; no priority is below all."""
+        best, highest = -1, -math.inf
+        for index in sorted(waiting):
+            law = self.priorities[index]
+            priority = -math.inf if law is None else law(self.values, self.t)
+            if best < 0 or priority > highest:
+                best, highest = index, priority
+        return best
 
     def assign(self, index: int, new: Sequence[float]) -> str | None:
         for slot, value in zip(self.net.event_laws[index].targets, new, strict=True):
@@ -258,11 +265,12 @@ class _Run:
             executed += 1
             if executed > LARGEST_EVENT_CASCADE:
                 return "event_loop"
-            index = max(waiting, key=lambda one: (self.priority(one), -one))
+            index = self.next_waiting(waiting)
             new = waiting.pop(index)
             failure = self.assign(index, self.new_values(index) if new is None else new)
             if failure is not None:
                 return failure
+            self.path.append((self.t, len(self.laws) + index))
             self.join(waiting)
         return "stopped" if self.stop is not None and self.stop(self.values, self.t) != 0 else None
 
@@ -273,14 +281,13 @@ class _Run:
         for slot, delta in enumerate(self.net.stoichiometry[reaction].tolist()):
             self.values[slot] += delta
         self.n_events += 1
-        state = self.values[: self.n_species]
-        if any(count < 0 for count in state):
-            return "invalid_count"
-        return "overflow" if any(count > LARGEST_COUNT for count in state) else None
+        self.path.append((self.t, reaction))
+        for count in self.values[: self.n_species]:
+            if not 0 <= count <= LARGEST_COUNT:
+                return "overflow" if count > LARGEST_COUNT else "invalid_count"
+        return None
 
-    def simulate(
-        self, draw: Callable[[int], tuple[float, float]], log: Function, max_events: int | None, path: list | None
-    ) -> str:
+    def simulate(self, draw: Callable[[int], tuple[float, float]], log: Function, max_events: int | None) -> str:
         """All passes of the direct method. Returns the status."""
         ended = self.settle()
         n = 0
@@ -313,11 +320,7 @@ class _Run:
                 # Rounding: the last reaction that can fire at all.
                 chosen = max(j for j, partial in enumerate(sums) if partial > (sums[j - 1] if j else 0.0))
             self.t = t_new
-            ended = self.jump(chosen)
-            if path is not None:
-                path.append((self.t, chosen))
-            if ended is None:
-                ended = self.settle()
+            ended = self.jump(chosen) or self.settle()
             if ended is None and self.n_events == max_events:
                 ended = "max_events"
         return ended
@@ -371,7 +374,7 @@ def simulate_one(
         parameters: values in place of the network's: all, or {parameter: value}.
         max_events: give up after so many reactions, at least 1.
         stop: end when this expression is true.
-        record_path: keep time and index of every reaction.
+        record_path: keep time and index of every reaction and event.
         log: the logarithm for the waiting time; the engine's own makes the times the engine's, to the bit.
         math_functions: functions for "exp", "log", "pow" and "sqrt" in laws; `log` also serves there by default.
 
@@ -403,13 +406,10 @@ def simulate_one(
     run.t = float(t0)
     if stop is not None:
         run.stop_when(net.law(stop, "stop"))
-    path: list[tuple[float, int]] = []
-    status = run.simulate(
-        lambda n: uniforms(seed, stream, trajectory, n), log or _log, max_events, path if record_path else None
-    )
+    status = run.simulate(lambda n: uniforms(seed, stream, trajectory, n), log or _log, max_events)
     state = np.array(run.values[: run.n_species])
     if status == "stopped":
         run.write_before(math.inf)
-    return Trajectory(
-        run.counts, status, run.n_events, run.t if status == "stopped" else math.inf, state.astype(np.int64), path
-    )
+    stop_time = run.t if status == "stopped" else math.inf
+    path = run.path if record_path else []
+    return Trajectory(run.counts, status, run.n_events, stop_time, state.astype(np.int64), path)

@@ -109,7 +109,8 @@ def simulate(
 
     Returns:
         A `Run`. Ctrl-C ends the simulation early and returns what is finished, with run.interrupted set; a second one
-        raises KeyboardInterrupt.
+        raises KeyboardInterrupt. Where trajectories differ in length, the short ones are finished first: statistics of
+        an interrupted run lean towards them.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the sentence says which and why.
@@ -194,10 +195,10 @@ def _reduce_blocks(setup: Setup, reduction: Reduction, watch: Watch, block_bytes
     least = 1 if block_bytes else _LEAST_ROWS[kind]
     bytes_per_row = 8 * len(setup.inputs.times) * len(setup.species)
     rows = min(max((block_bytes or _BLOCK_BYTES[kind]) // bytes_per_row, least), _MOST_ROWS, n)
-    block = setup.allocate(rows)
     failure: Exception | None = None
     done = 0
     try:
+        block = setup.allocate(rows)
         while done < n and not watch.interrupted:
             part = block.first_rows(min(rows, n - done))
             setup.run(watch, done, part)
