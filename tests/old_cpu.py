@@ -6,7 +6,7 @@ an illegal instruction.
 
 import torch
 
-from pygen import backends, ops, reference
+from pygen import backends, ops, reference, ssa
 
 assert backends.cpu_capabilities() == ["default"], backends.cpu_capabilities()
 x, scale, shift = torch.randn(3, 5, 70, dtype=torch.float64).unbind()
@@ -36,4 +36,17 @@ for dtype in (torch.float64, torch.float32):
     y, log_det = ops.actnorm_conv1x1(leaves[0], vector, vector, matrix, matrix, vector, vector + 1, matrix.detach())
     torch.testing.assert_close(y, leaves[0])
     torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+# The same trajectories as on a machine with AVX-512, where this sum was taken.
+network = ssa.Network(
+    {"A": 40, "B": 3},
+    {"k": 0.01, "h": 2.5},
+    [
+        ssa.Reaction({"A": 2}, {"B": 1}, rate="k"),
+        ssa.Reaction({"B": 1}, {"A": 2}, propensity="exp(-h/2) * B + 1/(1 + B^h)"),
+        ssa.Reaction({}, {"A": 1}, rate="log(h)"),
+    ],
+)
+run = ssa.simulate(network, t=range(50), trajectories=100, seed=1)
+weights = torch.arange(run.counts.numel()).view_as(run.counts) % 8191
+assert (run.counts * weights).sum() == 899169717, (run.counts * weights).sum()
 print("every op runs without AVX")

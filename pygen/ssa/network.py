@@ -166,7 +166,7 @@ class Network:
     def _definitions(
         self, kind: str, formulas: Mapping[str, Formula], known: Collection[str], *, in_laws: bool = True
     ) -> dict[str, Expr]:
-        """Named expressions, each after those that it uses; also adds them to what laws inline, where laws know them."""
+        """Named expressions, each after those that it uses; those known in laws are added to what laws inline."""
         trees = {name: self._read(formula, known, f"{kind} {name!r}") for name, formula in formulas.items()}
         if in_laws:
             trees = {name: fold(tree) for name, tree in trees.items()}
