@@ -45,4 +45,5 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "Tensor(f!) log_time, Tensor(g!) log_reaction) -> ()");
   m.def("ssa_philox(Tensor counter, int key0, int key1) -> Tensor");
   m.def("ssa_math(int operation, Tensor a, Tensor b) -> Tensor");
+  m.def("ssa_poisson(float mean, int n, int seed) -> Tensor");
 }

@@ -37,6 +37,16 @@ void on_threads(Method method, int64_t scratch_bytes, const Network& net, const 
   for (auto& other : others) other.join();
 }
 
+void run_tau(const Network& net, const Ensemble& run, int64_t threads) {
+  PYGEN_CHECK(run.first + run.rows <= kTauTrajectories && net.reactions < kTauReactions,
+              "ssa_run: tau-leaping numbers trajectories below 2^40 and reactions below 2^24, got ",
+              run.first + run.rows, " and ", net.reactions);
+  PYGEN_CHECK(run.tau_epsilon > 0.0 && run.tau_epsilon < 1.0, "ssa_run: tau_epsilon must be in (0, 1), got ",
+              run.tau_epsilon);
+  const SsaTauKernels& kernels = PYGEN_KERNELS(ssa_tau_kernels);
+  on_threads(kernels.run, kernels.scratch(net), net, run, threads);
+}
+
 void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, const Tensor& parameters,
              const Tensor& times, const Tensor& recorded, double start, int64_t first, int64_t seed, int64_t stream,
              std::string method, double tau_epsilon, int64_t max_events, int64_t threads, Tensor control, Tensor counts,
@@ -53,6 +63,8 @@ void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, 
     on_threads(kernels.direct, kernels.direct_scratch(net), net, run, threads);
   else if (method == "lane")
     on_threads(kernels.lane, kernels.lane_scratch(net), net, run, threads);
+  else if (method == "tau")
+    run_tau(net, run, threads);
   else
     PYGEN_CHECK(false, "ssa_run: method must be direct, lane, sparse or tau, got ", method);
 }
@@ -88,6 +100,16 @@ Tensor ssa_math(int64_t operation, const Tensor& a, const Tensor& b) {
   return out;
 }
 
+// n numbers of the Poisson distribution as tau-leaping draws them.
+Tensor ssa_poisson(double mean, int64_t n, int64_t seed) {
+  PYGEN_CHECK(mean >= 0.0 && mean < kLargestCount && n >= 0, "ssa_poisson: mean must be in [0, 2^53) and n >= 0, got ",
+              mean, " and ", n);
+  Tensor out = empty_contiguous(&n, 1, ScalarType::Double);
+  PYGEN_KERNELS(ssa_tau_kernels)
+      .poisson(mean, static_cast<uint32_t>(seed), static_cast<double*>(out.mutable_data_ptr()), n);
+  return out;
+}
+
 }  // namespace
 }  // namespace pygen
 
@@ -95,4 +117,9 @@ STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {
   m.impl("ssa_run", TORCH_BOX(&pygen::ssa_run));
   m.impl("ssa_philox", TORCH_BOX(&pygen::ssa_philox));
   m.impl("ssa_math", TORCH_BOX(&pygen::ssa_math));
+}
+
+// No argument of it is a tensor.
+STABLE_TORCH_LIBRARY_IMPL(pygen, CompositeExplicitAutograd, m) {
+  m.impl("ssa_poisson", TORCH_BOX(&pygen::ssa_poisson));
 }

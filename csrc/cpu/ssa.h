@@ -20,4 +20,15 @@ struct SsaKernels {
 
 PYGEN_DECLARE_KERNELS(SsaKernels, ssa_kernels)
 
+struct SsaTauKernels {
+  int64_t (*scratch)(const Network&);
+  void (*run)(const Network&, const Ensemble&, void* scratch);
+  // n Poisson numbers of one mean, for the tests: those of trajectories 0 ... n - 1.
+  void (*poisson)(double mean, uint32_t seed, double* out, int64_t n);
+};
+constexpr int64_t kTauTrajectories = int64_t{1} << 40;  // the index's upper bits count channels (ssa_poisson.h)
+constexpr int64_t kTauReactions = int64_t{1} << 24;
+
+PYGEN_DECLARE_KERNELS(SsaTauKernels, ssa_tau_kernels)
+
 }  // namespace pygen

@@ -194,7 +194,7 @@ PYGEN_SHARED Status after_jump(const Network& net, const Ensemble& run, Trajecto
     check_triggers(net, values, stride);
     status = stop_or_go_on(run, t, values, stride, settle(net, run, t, values, stride));
   }
-  return status == kRunning && jumps(t) == run.max_events ? kMaxEvents : status;
+  return status == kRunning && jumps(t) >= run.max_events ? kMaxEvents : status;
 }
 
 // One pass. `partial`: [reactions], with the values' stride.
