@@ -46,15 +46,16 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 test-fast: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --ignore tests/triton_kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --ignore tests/triton_kernels --ignore tests/ssa/test_cuda.py
 
 # The same op tests on the Triton kernels, run by Triton's interpreter on the CPU.
 test-triton: $(VENV)/installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests/ops tests/triton_kernels --ignore tests/triton_kernels/test_aot.py
 
-# Every Triton kernel compiled ahead of time for four chips: no spills, shared memory within the chip's.
+# Every Triton kernel compiled ahead of time for four chips: no spills, shared memory within the chip's. The CUDA kernel
+# by nvcc for three, where there is one.
 test-aot: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) tests/triton_kernels/test_aot.py
+	$(BIN)/python -m pytest -n $(JOBS) tests/triton_kernels/test_aot.py tests/ssa/test_cuda.py
 
 bench: $(VENV)/installed
 	$(BIN)/pygen bench --peers --json bench.json --plot bench.png
@@ -64,7 +65,7 @@ docs: $(VENV)/installed
 
 # ---- where a GPU is at hand ----------------------------------------------------------------------------------------
 test-gpu:
-	$(PYTHON) -m pytest -k cuda tests/ops && $(PYTHON) -m pytest tests/triton_kernels --ignore tests/triton_kernels/test_aot.py
+	$(PYTHON) -m pytest -k cuda tests/ops && $(PYTHON) -m pytest tests/triton_kernels tests/ssa/test_cuda.py --ignore tests/triton_kernels/test_aot.py
 
 bench-gpu:
 	$(PYTHON) -m pygen.benchmarks --peers --device cuda --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png

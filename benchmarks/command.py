@@ -85,22 +85,26 @@ def _list(cases: Iterable[Case], console: Console) -> None:
 
 def _print(measured: dict[str, Any], console: Console) -> None:
     shown = Table(caption=results.machine_line(measured), caption_justify="left")
-    for heading in table.HEADINGS:
+    headings, rows = table.rows(measured)
+    for heading in headings:
         left = heading in ("case", "target")
         shown.add_column(heading, justify="left" if left else "right", min_width=7, overflow="fold")
-    for case in measured["cases"]:
-        cells = table.row(case)
+    for case, cells in zip(measured["cases"], rows, strict=True):
         verdicts = [target["met"] for target in case["targets"]]
         color = "red" if False in verdicts else "green" if True in verdicts else "default"
         cells[-1] = f"[{color}]{cells[-1]}[/{color}]"
         cells[1] = f"[bold]{cells[1]}[/bold]"
         shown.add_row(*cells)
-    console.print(shown)
+    if measured["cases"]:
+        console.print(shown)
     for case in measured["cases"]:
         for name, entry in case["implementations"].items():
             if entry["status"] != "ok":
                 console.print(f"{case['op']} {case['name']}, {name}: {entry['reason']}", markup=False)
-    _print_doubts(measured, console)
+    for case in measured["skipped"]:
+        console.print(f"{case['op']} {case['name']} was skipped: {case['reason']}", markup=False)
+    if measured["cases"]:
+        _print_doubts(measured, console)
 
 
 def _print_doubts(measured: dict[str, Any], console: Console) -> None:
@@ -174,13 +178,13 @@ def bench(
 
 
 def _finish(measured: dict[str, Any], count: int, json: Path | None, plot: Path | None, console: Console) -> None:
+    _print(measured, console)
     if measured["cases"]:
-        _print(measured, console)
         if plot is not None:
             _plot(measured, plot)
             console.print(f"picture: {plot}", soft_wrap=True)
-    if json is not None:
-        console.print(f"results: {json}", soft_wrap=True)
+        if json is not None:
+            console.print(f"results: {json}", soft_wrap=True)
     if not measured["complete"]:
         kept = ", which are kept" if measured["cases"] and json is not None else ""
         typer.echo(f"pygen bench: interrupted after {len(measured['cases'])} of {count} cases{kept}", err=True)

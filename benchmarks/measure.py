@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ SHORTEST_TIMING = 1e-3  # seconds; shorter ones drown in the clock's and the sch
 WARM_UP = 0.05  # seconds and calls: caches, allocator, thread pool, the processor's clock
 WARM_UP_CALLS = 3
 FEWEST_ROUNDS = 5
+FEWEST_LONG_ROUNDS = 3
 MOST_ROUNDS = 1000
 MOST_FLUSHED_CALLS = 20
 L2_FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU of today
@@ -42,6 +43,10 @@ class Timing:
     def of(cls, samples: list[float], calls: int) -> Timing:
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
         return cls(median, min(samples), q1, q3, len(samples), calls)
+
+    def per(self, units: int) -> Timing:
+        """The seconds of each of the `units` that one call does."""
+        return replace(self, median=self.median / units, min=self.min / units, q1=self.q1 / units, q3=self.q3 / units)
 
     def as_dict(self) -> dict[str, float | int]:
         return asdict(self)
@@ -115,12 +120,21 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def measure(
-    calls: Mapping[str, Call], seconds: float, clock: Clock, progress: Callable[[float], None] = lambda fraction: None
+    calls: Mapping[str, Call],
+    seconds: float,
+    clock: Clock,
+    progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    long: bool = False,
 ) -> dict[str, Timing]:
-    """Time all calls in turn, A B C A B C ..., for about `seconds`, so that a busy moment hits everyone alike."""
+    """Time all calls in turn, A B C A B C ..., for about `seconds`, so that a busy moment hits everyone alike.
+
+    `long` calls are warm already, one of them makes a round, and few rounds do.
+    """
     if not calls:
         return {}
-    batch = {name: _calls_per_round(call, clock) for name, call in calls.items()}
+    batch = {name: 1 if long else _calls_per_round(call, clock) for name, call in calls.items()}
+    fewest = FEWEST_LONG_ROUNDS if long else FEWEST_ROUNDS
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     with _no_garbage_collection():
@@ -129,7 +143,7 @@ def measure(
                 samples[name].append(clock.seconds_per_call(call, batch[name]))
             elapsed = time.perf_counter() - start
             progress(min(1.0, elapsed / seconds))
-            if done >= FEWEST_ROUNDS and elapsed >= seconds:
+            if done >= fewest and elapsed >= seconds:
                 break
     return {name: Timing.of(samples[name], batch[name]) for name in calls}
 

@@ -7,9 +7,12 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pygen.benchmarks.measure import peak_bytes
 
 OURS = "pygen"
 EAGER = "eager"
@@ -20,7 +23,12 @@ COMPILED = "compiled"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 Outputs = Tensor | tuple[Tensor, ...]
-Call = Callable[[], Outputs]
+# A case with its own `error` may return and expect what it likes.
+Call = Callable[[], Any]
+
+
+class Unavailable(Exception):
+    """Raised by `Case.make`: the case cannot run here, for want of data or of a device; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -109,25 +117,40 @@ class Floor:
 
 @dataclass(frozen=True)
 class Target:
-    """What a case must reach: `at_least` times as fast as `peer`, or at most `at_most` times its time (or memory)."""
+    """What a case must reach: `at_least` times as fast as `peer`, or at most `at_most` times its time (or memory).
 
-    peer: str
+    Without a peer the bound is a number of its own: at most so many seconds or bytes, at least so many events a second.
+    """
+
+    peer: str | None
     at_least: float | None = None
     at_most: float | None = None
-    of: str = "time"  # or "memory": the peak that one call allocates
+    of: str = "time"  # or "memory": the peak that one call allocates; or "events": those of a second
 
     def __post_init__(self):
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"Target: give either at_least or at_most for {self.peer}")
-        if self.of not in ("time", "memory") or (self.of == "memory" and self.at_most is None):
+        if self.of == "events":
+            if self.peer is not None or self.at_least is None:
+                raise ValueError(f"Target: events a second are at_least a number, without a peer, got {self}")
+        elif self.of not in ("time", "memory") or (self.at_most is None and (self.of == "memory" or self.peer is None)):
             raise ValueError(f"Target: at_most of time or memory, or at_least of time, got {self.of!r} of {self.peer}")
 
     def sentence(self) -> str:
+        if self.of == "events":
+            return f">= {(self.at_least or 0) / 1e6:g} M events/s"
+        if self.peer is None:
+            size = self.at_most or 0
+            return f"<= {size * 1e3:g} ms" if self.of == "time" else f"<= {size / 1e6:g} MB"
         if self.at_least is not None:
             return f">= {self.at_least:g}x as fast as {self.peer}"
         return f"<= {self.at_most:g}x the {self.of} of {self.peer}"
 
-    def met(self, ours: float, peer: float) -> bool:
+    def met(self, ours: float, peer: float | None = None) -> bool:
+        """`ours` and `peer` in seconds or bytes, or `ours` in events a second."""
+        if self.of == "events":
+            return self.at_least is not None and ours >= self.at_least
+        peer = 1.0 if self.peer is None or peer is None else peer
         if self.at_least is not None:
             return peer / ours >= self.at_least
         return self.at_most is not None and ours / peer <= self.at_most
@@ -148,6 +171,12 @@ class Case:
         floor: bytes and flops that the op cannot avoid; None where a call's own cost is all there is.
         overhead: the case measures what a call costs its caller, not how long the device works.
         error: how far outputs are from the expected ones; at most `tolerance` passes.
+        unit, units: where a call does a thing several times (trajectories of a simulation): its name, and how many of
+            them one call of each implementation does. All times are then those of one unit, not of a call.
+        events: of our outputs, how many events one unit contains; the results then say events a second as well.
+        baseline: whose time the bars of the picture are measured against.
+        long: a call takes a good part of a second or more: checking it has warmed it up, and three rounds do.
+        weigh: measures the peak memory of a call; None where that is of no interest.
     """
 
     op: str
@@ -162,13 +191,19 @@ class Case:
     targets: tuple[Target, ...] = ()
     tolerance: float | None = None
     overhead: bool = False
-    error: Callable[[Outputs, Outputs], float] = max_error
+    error: Callable[[Any, Any], float] = max_error
+    unit: str = "call"
+    units: Mapping[str, int] = field(default_factory=dict)
+    events: Callable[[Any], float] | None = None
+    baseline: str = EAGER
+    long: bool = False
+    weigh: Callable[[Call, torch.device], int] | None = peak_bytes
 
     def __post_init__(self):
         if OURS not in self.implementations:
             raise ValueError(f'{self.label}: implementations must have "{OURS}", got {", ".join(self.implementations)}')
         for target in self.targets:
-            if target.peer not in {*self.implementations, *self.yardsticks}:
+            if target.peer is not None and target.peer not in {*self.implementations, *self.yardsticks}:
                 raise ValueError(f"{self.label}: a target names {target.peer}, which the case does not measure")
 
     @property

@@ -3,8 +3,10 @@
     {"schema": 1, "complete": true, "device": "cpu", "seconds_per_case": 4.0, "peers": true,
      "machine": {"cpu": ..., "cores": ..., "threads": ..., "torch": ..., "commit": ..., "date": ...},
      "rates": {"copy_bytes_per_second": ..., "gemm_flops_per_second": ...},
-     "cases": [{"op": ..., "name": ..., "shape": [...], "dtype": ..., "backward": ...,
+     "skipped": [{"op": ..., "name": ..., "reason": ...}],
+     "cases": [{"op": ..., "name": ..., "shape": [...], "dtype": ..., "backward": ..., "unit": ..., "baseline": ...,
        "implementations": {"pygen": {"status": "ok", "max_error": ..., "peak_bytes": ...,
+                                     "units_per_call": ..., "events_per_unit": ...,
                                      "seconds": {"median", "min", "q1", "q3", "rounds", "calls_per_round"}},
                            "eager": {"status": "wrong", "reason": "wrong: max error ..."}, ...},
        "yardsticks": {"clone": ...},
@@ -13,7 +15,9 @@
        "best_peer": ..., "speedup_over_best_peer": ..., "ratio_to_floor": ...,
        "targets": [{"sentence": ..., "peer": ..., "speedup": ..., "met": true, false, or null: not measured}]}]}
 
-`status` is "ok", "wrong" (not timed), "failed" or "missing" (with a reason).
+`status` is "ok", "wrong" (not timed), "failed" or "missing" (with a reason). Seconds are those of a unit: a call, or
+what `unit` says, of which a call does `units_per_call`. Files from before there were simulations lack what only these
+have: skipped, unit, baseline, units_per_call, events_per_unit.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pygen.benchmarks.registry import EAGER, OURS
 
 SCHEMA = 1
 BUSY_CORES = 0.3  # used by other processes while a case was timed; from here on its timings are doubtful
@@ -74,6 +80,17 @@ def median(case: dict[str, Any], name: str) -> float | None:
 def timed(case: dict[str, Any], names: Iterable[str]) -> dict[str, float]:
     """Seconds of those among `names` that were timed."""
     return {name: seconds for name in names if (seconds := median(case, name)) is not None}
+
+
+def baseline(case: dict[str, Any]) -> str:
+    """Whose time the others are compared with in the picture."""
+    return case.get("baseline", EAGER)
+
+
+def events_per_second(case: dict[str, Any]) -> float | None:
+    """Of our implementation, where the case is a simulation that was timed."""
+    events, seconds = case["implementations"].get(OURS, {}).get("events_per_unit"), median(case, OURS)
+    return events / seconds if events and seconds else None
 
 
 def doubtful(results: dict[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pygen.benchmarks import machine
-from pygen.benchmarks.measure import Call, Timing, clock, copy_call, gemm_call, measure, peak_bytes
-from pygen.benchmarks.registry import EAGER, OURS, Case, Factory, Floor, Inputs, Target
+from pygen.benchmarks.measure import Call, Timing, clock, copy_call, gemm_call, measure
+from pygen.benchmarks.registry import EAGER, OURS, Case, Floor, Inputs, Target, Unavailable
 from pygen.benchmarks.results import SCHEMA
 
 SEED = 0
@@ -22,9 +22,8 @@ Progress = Callable[[Case, str, float], None]
 Record = dict[str, Any]
 
 
-def _selected(case: Case, peers: bool) -> dict[str, Factory]:
-    keep = case.implementations if peers else [name for name in case.implementations if name in (OURS, EAGER)]
-    return {name: case.implementations[name] for name in keep}
+def _selected(case: Case, peers: bool) -> list[str]:
+    return [name for name in case.implementations if peers or name in (OURS, EAGER)]
 
 
 def _reason(error: Exception) -> str:
@@ -33,8 +32,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _check(case: Case, factory: Factory, inputs: Inputs, expected: Any) -> tuple[Record, Call | None]:
+def _check(case: Case, name: str, inputs: Inputs, expected: Any) -> tuple[Record, Call | None]:
     """(what to write down, the call to time or None)."""
+    factory = case.implementations[name]
     try:
         call = factory(inputs)
         outputs = call()
@@ -46,7 +46,12 @@ def _check(case: Case, factory: Factory, inputs: Inputs, expected: Any) -> tuple
     if not found <= case.allowed_error:
         reason = f"wrong: max error {found:.2g}, allowed {case.allowed_error:.2g}"
         return {"status": "wrong", "reason": reason, "max_error": _finite(found)}, None
-    return {"status": "ok", "max_error": found}, call
+    record = {"status": "ok", "max_error": found}
+    if case.units:
+        record["units_per_call"] = case.units.get(name, 1)
+    if case.events is not None and name == OURS:
+        record["events_per_unit"] = case.events(outputs)
+    return record, call
 
 
 def _finite(number: float) -> float | None:
@@ -80,14 +85,14 @@ def _floor_record(floor: Floor | None, calls: dict[str, tuple[Call, int]], timin
 
 
 def _target_record(target: Target, ours: float | None, peer: float | None, ours_is_right: bool) -> Record:
-    met = target.met(ours, peer) if ours and peer else None
+    met = target.met(ours, peer) if ours and (peer or target.peer is None) else None
     return {
         "sentence": target.sentence(),
         "peer": target.peer,
         "at_least": target.at_least,
         "at_most": target.at_most,
         "of": target.of,
-        "speedup": peer / ours if ours and peer else None,
+        "speedup": peer / ours if ours and peer and target.peer is not None else None,
         "met": met if ours_is_right else False,
     }
 
@@ -105,9 +110,11 @@ def _summarize(case: Case, record: Record) -> None:
     record["ratio_to_floor"] = ours / floor["seconds"] if ours and floor else None
     right = record["implementations"][OURS]["status"] == "ok"
     peak = {name: entry["peak_bytes"] for name, entry in everyone.items() if "peak_bytes" in entry}
-    measured = {"time": median, "memory": peak}
+    # The mean number of events is a property of the process, and so the same for everyone who simulates it.
+    events = everyone[OURS].get("events_per_unit")
+    measured = {"time": median, "memory": peak, "events": {name: events / median[name] for name in median if events}}
     record["targets"] = [
-        _target_record(t, measured[t.of].get(OURS), measured[t.of].get(t.peer), right) for t in case.targets
+        _target_record(t, measured[t.of].get(OURS), measured[t.of].get(t.peer or ""), right) for t in case.targets
     ]
 
 
@@ -119,23 +126,33 @@ def run_case(
     peers: bool = True,
     progress: Progress = lambda case, stage, fraction: None,
 ) -> Record:
-    """Check, time and weigh one case; see results.py for the fields."""
+    """Check, time and weigh one case; see results.py for the fields.
+
+    Raises:
+        Unavailable: the case cannot run here.
+    """
     torch._dynamo.reset()  # another case's shapes must not make this one's compiled code dynamic
+    progress(case, "reference", 0.0)
     inputs = case.make(device, torch.Generator(device).manual_seed(SEED))
-    expected = case.reference(inputs.double())()
+    try:
+        expected = case.reference(inputs.double())()
+    except ImportError as error:
+        raise Unavailable(f"what it is checked against is not installed: {error}") from None
     record: Record = {
         "op": case.op,
         "name": case.name,
         "shape": list(case.shape),
         "dtype": str(case.dtype).removeprefix("torch."),
         "backward": bool(inputs.grads),
+        "unit": case.unit,
+        "baseline": case.baseline,
         "implementations": {},
         "yardsticks": {},
     }
     calls: dict[str, Call] = {}
-    for name, factory in _selected(case, peers).items():
+    for name in _selected(case, peers):
         progress(case, f"checking {name}", 0.0)
-        record["implementations"][name], call = _check(case, factory, inputs, expected)
+        record["implementations"][name], call = _check(case, name, inputs, expected)
         if call is not None:
             calls[name] = call
     del expected
@@ -147,13 +164,19 @@ def run_case(
     timed = calls | {f"floor {name}": call for name, (call, _) in floor_calls.items()}
     with machine.Bystanders() as bystanders:
         timings = measure(
-            timed, seconds, clock(device, overhead=case.overhead), lambda fraction: progress(case, "timing", fraction)
+            timed,
+            seconds,
+            clock(device, overhead=case.overhead),
+            lambda fraction: progress(case, "timing", fraction),
+            long=case.long,
         )
     record["cores_busy_elsewhere"] = bystanders.cores
     progress(case, "memory", 1.0)
     for name, call in calls.items():
         entry = record["yardsticks" if name in case.yardsticks else "implementations"][name]
-        entry |= {"seconds": timings[name].as_dict(), "peak_bytes": peak_bytes(call, device)}
+        entry["seconds"] = timings[name].per(case.units.get(name, 1)).as_dict()
+        if case.weigh is not None:
+            entry["peak_bytes"] = case.weigh(call, device)
     record["floor"] = _floor_record(case.floor, floor_calls, timings)
     _summarize(case, record)
     return record
@@ -196,12 +219,17 @@ def run(
         "machine": machine.facts(device),
         "rates": None,
         "cases": [],
+        "skipped": [],
     }
     try:
         results["rates"] = measure_rates(device, min(seconds, RATE_SECONDS))
         for case in cases:
-            results["cases"].append(run_case(case, device, seconds, peers=peers, progress=progress))
-            save(results)
+            try:
+                results["cases"].append(run_case(case, device, seconds, peers=peers, progress=progress))
+            except Unavailable as error:
+                results["skipped"].append({"op": case.op, "name": case.name, "reason": str(error)})
+            else:
+                save(results)
     except KeyboardInterrupt:
         pass
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pygen.benchmarks.registry import COMPILED, EAGER, OURS
-from pygen.benchmarks.results import doubtful, load, machine_line, median, timed
+from pygen.benchmarks.results import baseline, doubtful, events_per_second, load, machine_line, median, timed
 
 HEADINGS = ("case", "pygen", "eager", "compiled", "other", "floor", "vs best peer", "vs floor", "memory", "target")
 NOTHING = "-"
@@ -42,12 +42,19 @@ def _cell(case: dict[str, Any], name: str) -> str:
         return NOTHING
     if entry["status"] == "wrong":
         return entry["reason"].split(",")[0]
-    return time_text(median(case, name)) if entry["status"] == "ok" else entry["status"]
+    if entry["status"] != "ok":
+        return entry["status"]
+    rate = events_per_second(case) if name == OURS else None
+    return time_text(median(case, name)) + (f" ({rate / 1e6:.3g} M events/s)" if rate else "")
 
 
 def _best_other(case: dict[str, Any]) -> str:
-    """The fastest domain peer and every yardstick, by name."""
+    """The fastest domain peer and every yardstick, by name; of a simulation all peers, with their time over ours."""
     others = timed(case, [name for name in case["implementations"] if name not in (OURS, EAGER, COMPILED)])
+    if baseline(case) != EAGER:
+        ours = median(case, OURS)
+        over = {name: f" ({seconds / ours:.3g}x)" if ours else "" for name, seconds in others.items()}
+        return ", ".join(f"{n} {time_text(seconds)}{over[n]}" for n, seconds in others.items()) or NOTHING
     best = [min(others, key=others.__getitem__)] if others else []
     return ", ".join(f"{n} {time_text(median(case, n))}" for n in [*best, *case["yardsticks"]]) or NOTHING
 
@@ -63,6 +70,9 @@ def _target(case: dict[str, Any]) -> str:
     texts = []
     for target in case["targets"]:
         verdict = {True: "yes", False: "NO", None: "not measured"}[target["met"]]
+        if target["peer"] is None:
+            texts.append(f"{verdict} ({target['sentence']})")
+            continue
         bound = f"{target['at_least']:g}x" if target["at_least"] is not None else f"<= {target['at_most']:g}"
         of = "" if target.get("of", "time") == "time" else f"{target['of']} of "
         texts.append(f"{verdict} ({bound} {of}{target['peer']})")
@@ -86,14 +96,25 @@ def row(case: dict[str, Any]) -> list[str]:
     ]
 
 
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The headings, and a row for each case. Columns in which no case has anything are left out."""
+    cells = [row(case) for case in results["cases"]]
+    kept = [i for i in range(len(HEADINGS)) if any(line[i] != NOTHING for line in cells)]
+    kept = sorted({0, *kept, len(HEADINGS) - 1})
+    return [HEADINGS[i] for i in kept], [[line[i] for i in kept] for line in cells]
+
+
 def markdown(results: dict[str, Any]) -> str:
     """A GitHub table, with the machine below it."""
+    headings, cells = rows(results)
     lines = [
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "|".join([" --- "] + [" ---: "] * (len(HEADINGS) - 2) + [" --- "]) + "|",
+        "| " + " | ".join(headings) + " |",
+        "|" + "|".join([" --- "] + [" ---: "] * (len(headings) - 2) + [" --- "]) + "|",
     ]
-    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row(case)) + " |" for case in results["cases"]]
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in cells]
     note = "Medians; memory is the peak that one call allocates, in parentheses eager's."
+    if any(case.get("unit", "call") != "call" for case in results["cases"]):
+        note += " Times of a simulation are those of one trajectory, or of the unit that its name says."
     if not results["complete"]:
         note += " The run was interrupted: cases are missing."
     if doubtful(results):

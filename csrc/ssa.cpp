@@ -11,14 +11,14 @@
 #include "capability.h"
 #include "shared/philox.h"
 #include "ssa_checks.h"
+#include "ssa_sparse_plan.h"
 #include "tensor.h"
 
 namespace pygen {
 namespace {
 
-using Method = void (*)(const Network&, const Ensemble&, void*);
-
 // Runs `method` on so many threads, the caller being one; every thread works until no trajectory is left.
+template <class Method>
 void on_threads(Method method, int64_t scratch_bytes, const Network& net, const Ensemble& run, int64_t threads) {
   constexpr int64_t kAlignment = 64;
   const auto work = [&] {
@@ -47,6 +47,16 @@ void run_tau(const Network& net, const Ensemble& run, int64_t threads) {
   on_threads(kernels.run, kernels.scratch(net), net, run, threads);
 }
 
+void run_sparse(const Network& net, const Ensemble& run, int64_t threads) {
+  const SparsePlanner planner(net);
+  const SparsePlan plan = planner.plan();
+  const SsaSparseKernels& kernels = PYGEN_KERNELS(ssa_sparse_kernels);
+  const auto method = [&](const Network& of, const Ensemble& ensemble, void* scratch) {
+    kernels.run(of, ensemble, plan, scratch);
+  };
+  on_threads(method, kernels.scratch(net, plan), net, run, threads);
+}
+
 void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, const Tensor& parameters,
              const Tensor& times, const Tensor& recorded, double start, int64_t first, int64_t seed, int64_t stream,
              std::string method, double tau_epsilon, int64_t max_events, int64_t threads, Tensor control, Tensor counts,
@@ -63,6 +73,8 @@ void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, 
     on_threads(kernels.direct, kernels.direct_scratch(net), net, run, threads);
   else if (method == "lane")
     on_threads(kernels.lane, kernels.lane_scratch(net), net, run, threads);
+  else if (method == "sparse")
+    run_sparse(net, run, threads);
   else if (method == "tau")
     run_tau(net, run, threads);
   else

@@ -1,14 +1,19 @@
 """The benchmark harness: what it refuses to time, what it writes down, what it says."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from pygen import models, ops
-from pygen.benchmarks import measure, memory, registry, results, runner, table
-from pygen.benchmarks.registry import Case, Floor, Inputs, Target, as_tuple, call, max_error
+from pygen import models, ops, ssa
+from pygen.benchmarks import machine, measure, memory, registry, results, runner, simulators, table
+from pygen.benchmarks.cases import ssa as ssa_cases
+from pygen.benchmarks.registry import Case, Floor, Inputs, Target, Unavailable, as_tuple, call, max_error
 
 pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
@@ -40,11 +45,25 @@ SPECIFIED = [
     ("glow", "step 64x24x8x8 but for the conditioner forward+backward", "eager", 3, None),
     ("glow", "step 64x48x4x4 but for the conditioner forward+backward", "eager", 3, None),
     ("glow", "training step depth 32 32x12x16x16 reversible", "storing", None, 1.4),
+    ("ssa", "immigration-death to t = 100", "gillespy2", 20, None),
+    ("ssa", "dimer-decay to t = 30", "gillespy2", 25, None),
+    ("ssa", "Vilar oscillator to t = 200", "gillespy2", 25, None),
+    ("ssa", "heat shock to t = 1", "gillespy2", 10, None),
+    ("ssa", "EGFR to t = 0.1", "gillespy2 -O3", 5, None),
+    ("ssa", "immigration-death to t = 100, two threads", "one thread", 1.9, None),
+    ("ssa", "start to first result, Vilar oscillator", None, None, 0.05),
+    ("ssa", "start to first result, EGFR", None, None, 0.05),
 ]
+# The same of what is not a time: (case, of, at least, at most).
+SPECIFIED_SIMULATIONS = [
+    ("immigration-death to t = 100", "events", 150e6, None),
+    ("immigration-death to t = 0.1, 10^6 trajectories reduced", "memory", None, 200e6),
+    ("immigration-death to t = 10, 10^6 trajectories reduced", "events", 1e10, None),
+]
+OPS = [case for case in registry.cases() if case.op != "ssa"]
+SIMULATIONS = {case.name: case for case in registry.cases() if case.op == "ssa"}
 # A deep model's training step takes seconds.
-SMALL_CASES = [
-    case for case in registry.cases() if torch.Size(case.shape).numel() <= 1 << 18 and "depth" not in case.name
-]
+SMALL_CASES = [case for case in OPS if torch.Size(case.shape).numel() <= 1 << 18 and "depth" not in case.name]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,8 +132,13 @@ def test_the_reversible_glow_has_its_bound_on_memory():
     assert Target("storing", at_most=1 / 8, of="memory") in case.targets
 
 
+@pytest.mark.parametrize(("name", "of", "at_least", "at_most"), SPECIFIED_SIMULATIONS)
+def test_every_specified_bound_of_a_simulation_is_measured(name, of, at_least, at_most):
+    assert Target(None, at_least, at_most, of) in SIMULATIONS[name].targets
+
+
 def test_every_case_measures_a_public_op_or_model_beside_eager_and_compiled():
-    for case in registry.cases():
+    for case in OPS:
         assert hasattr(ops, case.op) or case.op in models.MODELS, case.label
         if case.name.endswith("reversible"):
             continue  # the question there is what inverting costs beside storing
@@ -159,6 +183,18 @@ def test_a_target_is_a_bound_from_one_side():
     assert Target("peer", at_most=0.5, of="memory").sentence() == "<= 0.5x the memory of peer"
     with pytest.raises(ValueError, match="at_most of time or memory"):
         Target("peer", 2.0, of="memory")
+
+
+def test_a_target_without_a_peer_is_a_number():
+    assert Target(None, at_most=0.05).sentence() == "<= 50 ms"
+    assert Target(None, at_most=2e8, of="memory").sentence() == "<= 200 MB"
+    assert Target(None, at_least=1.5e8, of="events").sentence() == ">= 150 M events/s"
+    assert Target(None, at_most=0.05).met(0.05) and not Target(None, at_most=0.05).met(0.051)
+    assert Target(None, at_least=1e6, of="events").met(1e6) and not Target(None, at_least=1e6, of="events").met(9e5)
+    with pytest.raises(ValueError, match="without a peer"):
+        Target("peer", 1e6, of="events")
+    with pytest.raises(ValueError, match="at_most of time or memory"):
+        Target(None, 2.0)
 
 
 # Checking
@@ -270,6 +306,20 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert measure.peak_bytes(lambda: (x.neg(), x.neg(), x.neg()), CPU) == pytest.approx(3 * x.nbytes, abs=slack)
 
 
+def test_long_calls_are_not_warmed_up_again_and_few_rounds_do():
+    counted = Counted(lambda: None)
+    timing = measure.measure({"long": counted}, 1e-9, measure.clock(CPU), long=True)["long"]
+    assert counted.calls == timing.rounds == measure.FEWEST_LONG_ROUNDS and timing.calls_per_round == 1
+
+
+def test_peers_that_run_as_children_are_not_taken_for_other_processes(monkeypatch):
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: sum(os.times()[:4]))  # nobody else is on this machine
+    with machine.Bystanders() as bystanders:
+        spin = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+        subprocess.run([sys.executable, "-c", spin], check=True)
+    assert bystanders.cores < 0.1
+
+
 def test_the_floor_is_work_over_the_rate_measured_in_the_same_case():
     floor = run_one(a_case(floor=Floor(bytes=1 << 20, flops=1 << 24)))["floor"]
     by_bytes = (1 << 20) / floor["copy_bytes_per_second"]
@@ -318,6 +368,81 @@ def test_without_peers_only_eager_is_measured_and_their_targets_stay_open():
     record = run_one(case, peers=False)
     assert set(record["implementations"]) == {"pygen", "eager"} and compiled.calls == 0
     assert record["targets"][0]["met"] is None
+
+
+def a_simulation(name="walk", **changes):
+    """A call of ours does ten units of two events each, the peer's one unit; both sleep for 2 ms."""
+
+    def ten(x):
+        time.sleep(2e-3)
+        return x * x
+
+    fields = {
+        "implementations": {"pygen": call(ten), "peer": call(ten)},
+        "unit": "trajectory",
+        "units": {"pygen": 10},
+        "events": lambda outputs: 2.0,
+        "baseline": "peer",
+        "long": True,
+        "weigh": None,
+        "floor": None,
+        "targets": (Target("peer", 5), Target(None, 1e3, of="events"), Target(None, 1e9, of="events")),
+    }
+    return a_case(name, **(fields | changes))
+
+
+def test_times_of_a_simulation_are_those_of_a_unit():
+    record = run_one(a_simulation())
+    ours, peer = (record["implementations"][name] for name in ("pygen", "peer"))
+    assert ours["units_per_call"] == 10 and peer["units_per_call"] == 1 and record["unit"] == "trajectory"
+    assert 2e-4 <= ours["seconds"]["min"] <= ours["seconds"]["median"] <= ours["seconds"]["q3"] < 2e-3
+    assert peer["seconds"]["min"] >= 2e-3 and "peak_bytes" not in ours
+    assert results.events_per_second(record) == pytest.approx(2 / ours["seconds"]["median"])
+    assert [target["met"] for target in record["targets"]] == [True, True, False]
+
+
+def test_a_table_of_simulations_has_their_rates_and_ratios_and_no_empty_columns(tmp_path):
+    found = runner.run([a_simulation()], seconds=QUICK)
+    lines = table.markdown(found).splitlines()
+    assert "eager" not in lines[0] and "floor" not in lines[0]
+    assert "M events/s)" in lines[2] and "peer 2" in lines[2] and "NO (>= 1000 M events/s)" in lines[2]
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+def test_bars_of_a_simulation_are_measured_against_its_baseline(tmp_path):
+    pytest.importorskip("matplotlib")
+    from pygen.benchmarks import plot
+
+    found = runner.run([a_simulation(), a_case("op")], seconds=QUICK)
+    simulation, op = found["cases"]
+    speedup = results.median(simulation, "peer") / results.median(simulation, "pygen")
+    assert plot._bars(simulation) == {"pygen": pytest.approx(speedup)} and speedup > 5
+    assert plot._bars(op)["pygen"] == pytest.approx(results.median(op, "eager") / results.median(op, "pygen"))
+    plot.plot(found, tmp_path / "bench.png")
+
+
+def test_results_from_before_there_were_simulations_can_still_be_read():
+    kept = Path(table.__file__).parent / "results"
+    for path in sorted(kept.glob("*.json")):
+        if "memory" not in path.name:
+            found = results.load(path)
+            assert table.markdown(found).count("\n") > len(found["cases"])
+
+
+def unavailable(*_):
+    raise Unavailable("no such data")
+
+
+def test_a_case_without_its_data_is_skipped_with_the_reason():
+    def needs_oracle(inputs):
+        raise ImportError("No module named 'oracle'")
+
+    cases = [a_case("first", make=unavailable), a_case("second", reference=needs_oracle), a_case("third")]
+    found = runner.run(cases, seconds=QUICK)
+    assert found["complete"] is True and [case["name"] for case in found["cases"]] == ["third"]
+    first, second = found["skipped"]
+    assert first == {"op": "square", "name": "first", "reason": "no such data"}
+    assert second["name"] == "second" and "'oracle'" in second["reason"]
 
 
 def test_an_interrupted_run_keeps_the_cases_that_were_measured(tmp_path):
@@ -484,6 +609,153 @@ def test_the_list_shows_cases_and_targets_and_measures_nothing(bench):
     done = bench("--list")
     assert done.exit_code == 0
     assert "4096x4096 forward" in done.output and ">= 1.7x as fast as compiled" in done.output
+
+
+def test_a_skipped_case_is_a_sentence_and_no_failure(bench):
+    done = bench("--seconds", QUICK, cases=[a_case("toy", make=unavailable)])
+    assert done.exit_code == 0 and "square toy was skipped: no such data" in done.output
+
+
+# Simulations
+
+
+def sample(net, t, **options):
+    """What a simulator returns that simulates `net`, on a grid to t."""
+    run = ssa.simulate(net, torch.linspace(0, t, 11), 200, 1, threads=1, **options)
+    return ssa_cases.Sample(run.counts)
+
+
+def truth_by_the_master_equation(net, t):
+    return ssa_cases._master_equation(net, torch.tensor([0.0, t]))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A homodimer that forms and falls apart: its mean differs between the conventions of mass action."""
+
+    def network(mass_action="combinatorial"):
+        reactions = [ssa.Reaction({"A": 2}, {"B": 1}, rate="k"), ssa.Reaction({"B": 1}, {"A": 2}, rate=1.0)]
+        return ssa.Network({"A": 30, "B": 0}, {"k": 0.1}, reactions, mass_action=mass_action)
+
+    return network
+
+
+def test_a_right_simulator_is_within_five_standard_errors_and_one_of_the_other_convention_is_not(pairs):
+    pytest.importorskip("scipy")
+    truth = truth_by_the_master_equation(pairs(), 2.0)
+    assert ssa_cases.largest_z(sample(pairs(), 2.0), truth) < 4
+    assert ssa_cases.largest_z(sample(pairs("falling"), 2.0), truth) > 10
+
+
+def test_a_simulator_that_is_right_only_at_the_end_is_wrong():
+    grid = torch.zeros(100, 5, 1)
+    values = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)) + 10
+    truth = ssa_cases.Truth(torch.tensor([[10.0]]), torch.tensor([[1.0]]), trajectories=100)
+    assert ssa_cases.largest_z(ssa_cases.Sample(grid + values[:, None]), truth) < 4
+    assert ssa_cases.largest_z(ssa_cases.Sample(torch.cat((grid, grid[:, :1] + values[:, None]), 1)), truth) > 10
+
+
+@pytest.mark.parametrize("counts", [torch.full((4, 5, 1), -1), torch.ones(4, 5, 2), torch.ones(4, 5)])
+def test_a_sample_with_gaps_or_of_another_shape_is_infinitely_wrong(counts):
+    truth = ssa_cases.Truth(torch.tensor([[10.0]]), torch.tensor([[1.0]]))
+    assert ssa_cases.largest_z(ssa_cases.Sample(counts), truth) == float("inf")
+
+
+def test_ours_and_the_closed_form_of_the_scan_agree_in_every_parameter_set(monkeypatch):
+    monkeypatch.setattr(ssa_cases, "SCAN_SETS", 50)
+    inputs = Inputs((torch.linspace(0, ssa_cases.SCAN_END, 3, dtype=torch.float64),))
+    truth = ssa_cases._scan_truth(inputs)()
+    found = ssa_cases._our_scan(inputs)()
+    assert truth.mean.shape == (50, 1) and found.counts.shape == (50 * ssa_cases.SCAN_TRAJECTORIES, 3, 1)
+    assert ssa_cases.largest_z(found, truth) < 5
+    assert ssa_cases.largest_z(ssa_cases.Sample(found.counts.roll(ssa_cases.SCAN_TRAJECTORIES, 0)), truth) > 10
+
+
+@pytest.fixture(scope="module")
+def all_laws():
+    """Every kind of law that a benchmark has: constant, first order, homodimer, third order, expression."""
+    reactions = [
+        ssa.Reaction({}, {"A": 1}, rate="make"),
+        ssa.Reaction({"A": 1}, {}, rate=1.0),
+        ssa.Reaction({"A": 2}, {"B": 1}, rate="make / 100"),
+        ssa.Reaction({"A": 2, "B": 1}, {"A": 3}, rate=0.02),
+        ssa.Reaction({"B": 1}, {}, propensity="2 * B / (1 + B^2 / make)"),
+    ]
+    return ssa.Network({"A": 5, "B": 2}, {"make": 10.0}, reactions)
+
+
+def check_sampler(sampler, net):
+    """300 trajectories that differ, begin where they should, and have the means of the master equation."""
+    counts = sampler(300, 3, {})
+    assert counts.shape == (300, 11, 2) and (counts[:, 0] == torch.tensor([5.0, 2.0])).all()
+    assert len(counts[:, -1].unique(dim=0)) > 20
+    assert ssa_cases.largest_z(ssa_cases.Sample(counts), truth_by_the_master_equation(net, 2.0)) < 4.5
+
+
+def test_rebop_gets_the_network_that_we_simulate(all_laws):
+    pytest.importorskip("scipy")
+    pytest.importorskip("rebop")
+    check_sampler(simulators.rebop(all_laws, torch.linspace(0, 2, 11)), all_laws)
+
+
+@pytest.mark.slow  # GillesPy2 compiles C++ for the network
+def test_gillespy2_gets_the_network_that_we_simulate(all_laws):
+    pytest.importorskip("scipy")
+    pytest.importorskip("gillespy2")
+    path = os.environ["PATH"]
+    check_sampler(simulators.gillespy2(all_laws, torch.linspace(0, 2, 11), optimize=True), all_laws)
+    assert os.environ["PATH"] == path
+
+
+def test_a_network_that_takes_minutes_is_simulated_only_when_asked_for(monkeypatch):
+    monkeypatch.delenv("PYGEN_BENCH_SLOW", raising=False)
+    with pytest.raises(Unavailable, match="PYGEN_BENCH_SLOW=1"):
+        SIMULATIONS["EGFR to t = 0.1"].make(CPU, torch.Generator())
+
+
+def test_the_compiler_for_the_optimised_peer_gets_its_flag(tmp_path, monkeypatch):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    with simulators._compiler_flag("-O3"):
+        said = subprocess.run(["g++", "-c", "a file.cpp"], capture_output=True, text=True, check=True).stdout
+    assert said == "-O3 -c a file.cpp\n"
+
+
+def test_a_model_whose_file_is_absent_is_unavailable(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYGEN_TEST_DATA", str(tmp_path))
+    for name, file in (("EGFR to t = 0.01", "egfr_net.net"), ("heat shock to t = 1", "heat_shock_stochkit.xml")):
+        with pytest.raises(Unavailable, match=file):
+            SIMULATIONS[name].make(CPU, torch.Generator())
+
+
+def test_the_work_of_a_gpu_is_not_done_on_the_cpu():
+    with pytest.raises(Unavailable, match="--device cuda"):
+        SIMULATIONS["immigration-death to t = 10, 10^6 trajectories reduced"].make(CPU, torch.Generator())
+
+
+def test_every_simulation_has_a_unit_for_every_simulator():
+    for case in SIMULATIONS.values():
+        assert case.name.startswith("start") or set(case.units) == set(case.implementations), case.name
+        assert case.error is ssa_cases.largest_z and case.allowed_error == 5
+
+
+def test_a_simulation_is_checked_timed_and_rated():
+    case = ssa_cases._throughput(
+        "stationary", ssa.examples.immigration_death, 1, ssa_cases._closed_form, (64,), peers=()
+    )
+    record = run_one(case)
+    ours = record["implementations"]["pygen"]
+    assert ours["status"] == "ok" and ours["max_error"] < 5 and ours["units_per_call"] == 64
+    # 1000 arrivals and as many deaths on average; their sum's variance is at most 4000.
+    assert abs(ours["events_per_unit"] - 2000) < 5 * (4000 / 64) ** 0.5
+
+
+def test_memory_of_a_reduced_run_is_measured_in_its_own_process(monkeypatch):
+    monkeypatch.setattr(ssa_cases, "MILLION", 2000)
+    growth = ssa_cases._peak_growth(lambda: None, CPU)
+    assert 0 <= growth < 200e6
 
 
 # Memory against depth

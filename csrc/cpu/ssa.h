@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../shared/ssa_network.h"
+#include "ssa_sparse.h"
 #include "tables.h"
 
 namespace pygen {
@@ -19,6 +20,14 @@ struct SsaKernels {
 };
 
 PYGEN_DECLARE_KERNELS(SsaKernels, ssa_kernels)
+
+// The method "sparse"; its plan is made once per run.
+struct SsaSparseKernels {
+  int64_t (*scratch)(const Network&, const SparsePlan&);
+  void (*run)(const Network&, const Ensemble&, const SparsePlan&, void* scratch);
+};
+
+PYGEN_DECLARE_KERNELS(SsaSparseKernels, ssa_sparse_kernels)
 
 struct SsaTauKernels {
   int64_t (*scratch)(const Network&);

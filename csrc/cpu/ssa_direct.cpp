@@ -318,8 +318,8 @@ class Crew {
     Mask attention[kGroup];
     for (int g = 0; g < kGroup; ++g) {
       attention[g] = Mask{};
-      if (net_.attention_slot >= 0)  // 0 or 1
-        attention[g] |= less(f64v{}, load(values_ + int64_t{net_.attention_slot} * kWidth + g * kLanes));
+      if (net_.attention_slot >= 0)
+        attention[g] |= not_zero(load(values_ + int64_t{net_.attention_slot} * kWidth + g * kLanes));
       for (int32_t i = 0; i < net_.checked; ++i) {
         const f64v count = load(values_ + int64_t{net_.checked_slot[i]} * kWidth + g * kLanes);
         attention[g] |= invert(less(constant<f64v>(-1.0), count) & less(count, constant<f64v>(kLargestCount)));

@@ -10,6 +10,7 @@ PYGEN_BEGIN_LEVEL
 using Mask = __mmask8;
 PYGEN_INLINE Mask less(f64v a, f64v b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ); }
 PYGEN_INLINE Mask not_less(i64v a, i64v b) { return _mm512_cmpge_epi64_mask((__m512i)a, (__m512i)b); }
+PYGEN_INLINE Mask not_zero(f64v a) { return _mm512_cmp_pd_mask((__m512d)a, _mm512_setzero_pd(), _CMP_NEQ_UQ); }
 PYGEN_INLINE Mask equal(i64v a, i64v b) { return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b); }
 PYGEN_INLINE Mask invert(Mask m) { return static_cast<Mask>(~m); }
 PYGEN_INLINE uint32_t bits_of(Mask m) { return m; }
@@ -18,6 +19,7 @@ PYGEN_INLINE f64v picked(Mask m, f64v yes, f64v no) { return (f64v)_mm512_mask_b
 #else
 using Mask = i64v;
 PYGEN_INLINE Mask less(f64v a, f64v b) { return a < b; }
+PYGEN_INLINE Mask not_zero(f64v a) { return a != 0.0; }
 PYGEN_INLINE Mask equal(i64v a, i64v b) { return a == b; }
 PYGEN_INLINE Mask invert(Mask m) { return ~m; }
 PYGEN_INLINE void set_lane(Mask& m, int lane) { m[lane] = -1; }

@@ -82,8 +82,9 @@ PYGEN_SHARED Real exp_of_sum(Real high, Real low) {
   constexpr double kShift = 0x1p52 + 0x1p51;
   Real x = high > 800.0 ? constant<Real>(800.0) : high;
   x = x < -800.0 ? constant<Real>(-800.0) : x;
+  const Real rest = x == high ? low : Real{};
   const Real n = (x * 1.44269504088896340736 + kShift) - kShift;  // to the nearest whole number
-  const Real coarse = x - n * kLn2High, fine = low - n * kLn2Low;
+  const Real coarse = x - n * kLn2High, fine = rest - n * kLn2Low;
   const Real r = coarse + fine, error = (coarse - r) + fine;
   // 1 + r + r^2 q(r): Taylor's terms to r^13 / 13!, |r| < 0.347.
   const Real r2 = r * r, r4 = r2 * r2, r8 = r4 * r4;

@@ -146,7 +146,7 @@ PYGEN_SHARED Status begin_trajectory(const Network& net, const Ensemble& run, Tr
   t = {row, 0, 0, 0, 0, kInfinity};
   run_program<double, 1>(net, net.setup_begin, net.setup_end, values, stride);
   if (net.breaks) t.next_break = next_break(net, values, stride, run.start);
-  if (net.check_begin == net.check_end) return kRunning;
+  if (net.check_begin == net.check_end && net.stop_slot < 0) return kRunning;
   check_triggers(net, values, stride);
   return stop_or_go_on(run, t, values, stride, settle(net, run, t, values, stride));
 }

@@ -124,7 +124,7 @@ def test_auto_is_chosen_by_the_number_of_reactions_alone():
     def chain(n):
         return Network({"A": 1}, {}, [Reaction({"A": 1}, {"A": 1}, rate=1.0)] * n)
 
-    assert [choose_method(chain(n)) for n in (0, 1, 48, 49, 500)] == ["direct"] * 3 + ["sparse"] * 2
+    assert [choose_method(chain(n)) for n in (0, 1, 160, 161, 500)] == ["direct"] * 3 + ["sparse"] * 2
 
 
 def test_no_trajectories_are_an_ensemble_too(net):
