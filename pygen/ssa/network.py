@@ -123,18 +123,22 @@ class Network:
 
     def _read(self, formula: Formula, known: Collection[str], where: str) -> Expr:
         """The tree of an expression all of whose names are known."""
+        return self._read_with_names(formula, known, where)[0]
+
+    def _read_with_names(self, formula: Formula, known: Collection[str], where: str) -> tuple[Expr, set[str]]:
         try:
             expr = parse(formula)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{where}: {error}") from None
-        unknown = symbols(expr).difference(known)
+        used = symbols(expr)
+        unknown = used.difference(known)
         if unknown:
             names = sorted(known)
             shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise ValueError(
                 f"{where}: unknown name {min(unknown)!r} in {to_text(expr)!r}; known here: {shown or 'no names'}"
             )
-        return expr
+        return expr, used
 
     def _inline(self, expr: Expr) -> Expr:
         return fold(substitute(expr, self._inlined) if self._inlined else expr)
@@ -167,10 +171,9 @@ class Network:
         self, kind: str, formulas: Mapping[str, Formula], known: Collection[str], *, in_laws: bool = True
     ) -> dict[str, Expr]:
         """Named expressions, each after those that it uses; those known in laws are added to what laws inline."""
-        trees = {name: self._read(formula, known, f"{kind} {name!r}") for name, formula in formulas.items()}
-        if in_laws:
-            trees = {name: fold(tree) for name, tree in trees.items()}
-        needs = {name: symbols(tree) & trees.keys() for name, tree in trees.items()}
+        read = {name: self._read_with_names(formula, known, f"{kind} {name!r}") for name, formula in formulas.items()}
+        trees = {name: fold(tree) if in_laws else tree for name, (tree, _) in read.items()}
+        needs = {name: used & read.keys() for name, (_, used) in read.items()}
         ordered: dict[str, Expr] = {}
         while len(ordered) < len(trees):
             ready = [name for name in trees if name not in ordered and needs[name] <= ordered.keys()]
