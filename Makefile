@@ -65,7 +65,7 @@ docs: $(VENV)/installed
 
 # ---- where a GPU is at hand ----------------------------------------------------------------------------------------
 test-gpu:
-	$(PYTHON) -m pytest -k cuda tests/ops && $(PYTHON) -m pytest tests/triton_kernels tests/ssa/test_cuda.py --ignore tests/triton_kernels/test_aot.py
+	$(PYTHON) -m pytest -k cuda tests/ops && $(PYTHON) -m pytest tests/triton_kernels --ignore tests/triton_kernels/test_aot.py && $(PYTHON) -m pytest -m gpu tests/ssa
 
 bench-gpu:
 	$(PYTHON) -m pygen.benchmarks --peers --device cuda --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <exception>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -22,19 +24,35 @@ template <class Method>
 void on_threads(Method method, int64_t scratch_bytes, const Network& net, const Ensemble& run, int64_t threads) {
   constexpr int64_t kAlignment = 64;
   const auto work = [&] {
+    const std::unique_ptr<char[]> memory(new char[scratch_bytes + kAlignment]);
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
     // A thread may inherit "denormals are zero" from whoever sets it; bits must not depend on that.
     std::fenv_t before;
     std::fegetenv(&before);
     std::fesetenv(FE_DFL_ENV);
-    const std::unique_ptr<char[]> memory(new char[scratch_bytes + kAlignment]);
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
     method(net, run, reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
     std::fesetenv(&before);
   };
+  // Every thread takes what is left: a thread that is not to be had, or memory for one, is no failure.
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, run.rows); ++i) others.emplace_back(work);
-  work();
+  const auto help = [&] {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+    }
+  };
+  try {
+    for (int64_t i = 1; i < std::min<int64_t>(threads, run.rows); ++i) others.emplace_back(help);
+  } catch (const std::exception&) {
+  }
+  std::exception_ptr failure;
+  try {
+    work();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   for (auto& other : others) other.join();
+  if (failure) std::rethrow_exception(failure);
 }
 
 void run_tau(const Network& net, const Ensemble& run, int64_t threads) {

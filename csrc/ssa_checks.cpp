@@ -31,8 +31,9 @@ void check_header(const int32_t* header) {
 }
 
 void check_sections(const Network& n) {
-  const int32_t inputs = n.species + n.parameters + n.literals;
-  PYGEN_CHECK(int64_t{n.species} + n.parameters + n.literals < n.slots && n.time_slot == inputs,
+  const int64_t inputs = int64_t{n.species} + n.parameters + n.literals;
+  // Every slot behind the time has an instruction that writes it: more of them would be memory for nothing.
+  PYGEN_CHECK(inputs < n.slots && n.slots - inputs - 1 <= n.instructions && n.time_slot == inputs,
               "ssa_run: damaged program: ", n.slots, " slots, time in slot ", n.time_slot, ", behind ", inputs);
   check_range("rate_slot", n.rate_slot, n.reactions, 0, n.slots);
   check_offsets("factor_start", n.factor_start, n.reactions, n.factors);
@@ -117,17 +118,17 @@ Network checked_network(const Tensor& code, const Tensor& literals) {
 
 Ensemble checked_ensemble(const EnsembleTensors& x, int64_t* next_row) {
   check_devices(x);
+  check_tensor("times", x.times, ScalarType::Double, 1);
+  check_tensor("recorded", x.recorded, ScalarType::Int, 1);
+  check_tensor("status", x.status, ScalarType::Char, 1);
   const int64_t rows = x.status.size(0), n_times = x.times.size(0), n_recorded = x.recorded.size(0);
   check_rows("initial", x.initial, rows, x.net.species);
   check_rows("parameters", x.parameters, rows, x.net.parameters);
-  check_tensor("times", x.times, ScalarType::Double, 1);
   PYGEN_CHECK(n_times >= 1, "ssa_run: times must not be empty");
-  check_tensor("recorded", x.recorded, ScalarType::Int, 1);
   check_range("recorded", data<const int32_t>(x.recorded), n_recorded, 0, x.net.species);
   check_tensor("counts", x.counts, ScalarType::Long, 3);
   PYGEN_CHECK(x.counts.size(0) == rows && x.counts.size(1) == n_times && x.counts.size(2) == n_recorded,
               "ssa_run: counts must be [", rows, ", ", n_times, ", ", n_recorded, "], got ", shape_string(x.counts));
-  check_length("status", x.status, ScalarType::Char, rows);
   check_length("n_events", x.n_events, ScalarType::Long, rows);
   check_length("stop_time", x.stop_time, ScalarType::Double, rows);
   check_length("control", x.control, ScalarType::Long, 2);

@@ -143,7 +143,7 @@ class Moments:
     def variance(self) -> np.ndarray:
         """float64 [T, K], unbiased."""
         covariance = self.covariance()
-        return np.ascontiguousarray(np.diagonal(covariance, axis1=1, axis2=2)) if self.cross else covariance
+        return np.diagonal(covariance, axis1=1, axis2=2).copy() if self.cross else covariance
 
     def arrays(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
         """What to save: names, dimensions, tensors."""

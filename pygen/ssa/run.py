@@ -169,7 +169,7 @@ class Run:
 
     def var(self) -> Tensor:
         """The unbiased variance (divided by n - 1), float64 [T, K], from exact integer sums."""
-        return torch.tensor(self._exact_moments.variance())
+        return torch.from_numpy(self._exact_moments.variance())
 
     def std(self) -> Tensor:
         """The square root of `var`, float64 [T, K]."""

@@ -6,7 +6,7 @@ The models are those of bit_cases.py; that they are simulated rightly is the bus
 import numpy as np
 import pytest
 import torch
-from ssa.bit_cases import CASES, UNEVEN, N, assert_same, joined, values
+from ssa.bit_cases import CASES, UNEVEN, N, assert_same, joined, times_of_third_jumps, values
 
 from pygen import backends, ssa
 from pygen.ssa import engine, examples
@@ -40,6 +40,15 @@ def test_bits_do_not_depend_on_level_method_and_threads(case, base):
                 for threads in (1, 2, 3):
                     other = case.simulate(method=method, threads=threads)
                     assert_same(other, base, f"at level {level}, method {method}, {threads} threads")
+
+
+def test_bits_of_times_do_not_depend_on_level_and_method():
+    truth = times_of_third_jumps()
+    assert truth.isfinite().all() and truth.unique().numel() == truth.numel()
+    for level in backends.cpu_capabilities():
+        with backends.cpu_capability(level):
+            for method in ("direct", "lane"):
+                assert torch.equal(times_of_third_jumps(method=method), truth), f"at level {level}, method {method}"
 
 
 @every_case

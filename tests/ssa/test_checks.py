@@ -1,4 +1,4 @@
-"""The op ssa_run refuses what it cannot run with a sentence, and never crashes: every index is checked before it starts.
+"""The op ssa_run refuses what it cannot run with a sentence, and never crashes: every index is checked beforehand.
 
 Run as a program, this file damages packed programs at random; the tests do so in a process of its own.
 """
@@ -89,13 +89,12 @@ INDEX_SECTIONS = {
 }
 
 
-def place_of(section, given):
+def place_of(section, case=DAMAGED):
     """(where the section begins in code, its length)."""
-    program = DAMAGED.net.program(None)
-    tables = program.sections()
     begin = len(HEADER)
-    for name, table in tables.items():
+    for name, table in case.net.program(None).sections().items():
         if name == section:
+            assert table.size > 0
             return begin, table.size
         begin += table.size
     raise KeyError(section)
@@ -105,23 +104,17 @@ def place_of(section, given):
 def test_an_index_out_of_range_is_refused_by_the_name_of_its_section(section):
     lowest, *bounds = INDEX_SECTIONS[section]
     case = DAMAGED if section != "checked_slot" else CASES["failures"]
-    program = case.net.program(None)
-    limit = sum(program.header[name] for name in bounds)
-    begin = len(HEADER)
-    for name, table in program.sections().items():
-        if name == section:
-            break
-        begin += table.size
-    assert table.size > 0
-    for offset in range(table.size):
+    limit = sum(case.net.program(None).header[name] for name in bounds)
+    begin, size = place_of(section, case)
+    for at in range(begin, begin + size):
         for value in (lowest - 1, limit, SMALLEST, LARGEST):
             given = arguments(case)
-            given["code"][begin + offset] = value
+            given["code"][at] = value
             assert_refused(given, rf"ssa_run: {section}\[\d+\] = {value} is not in \[{lowest}, {limit}\)")
 
 
 def test_an_unknown_operation_or_operand_is_refused():
-    begin, size = place_of("instructions", arguments())
+    begin, size = place_of("instructions")
     slots = DAMAGED.net.program(None).n_slots
     for at in range(begin, begin + size):
         is_operation = (at - begin) % 5 == 0
@@ -135,7 +128,7 @@ def test_an_unknown_operation_or_operand_is_refused():
     "section", ["factor_start", "change_start", "assignment_start", "program_begin", "program_end"]
 )
 def test_offsets_that_do_not_fit_are_refused(section):
-    begin, size = place_of(section, arguments())
+    begin, size = place_of(section)
     for at in range(begin, begin + size):
         for value in (-1, 10_000, SMALLEST, LARGEST):
             given = arguments()
@@ -153,9 +146,10 @@ def test_a_program_that_is_cut_off_or_too_long_is_refused():
 
 
 def wrong_tensors(x):
-    """Of another dtype, another number of dimensions, and not contiguous."""
+    """Of another dtype, of more and of fewer dimensions, and not contiguous."""
     yield x.to(torch.float32 if x.dtype == torch.int64 else torch.int64)
     yield x[None]
+    yield torch.zeros((), dtype=x.dtype)
     yield torch.stack((x, x), dim=-1)[..., 0]
 
 
@@ -223,7 +217,7 @@ def test_a_tensor_on_another_device_is_refused(name):
 # ---- damage at random ------------------------------------------------------------------------------------------------
 
 
-def test_no_damage_to_a_program_crashes_the_process():
+def test_nothing_crashes_the_process_neither_damage_to_a_program_nor_a_lack_of_threads():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, f"{done.returncode}: {done.stdout[-1000:]} {done.stderr[-2000:]}"
@@ -239,34 +233,55 @@ def damage(rng, code):
         code[at] = max(SMALLEST, min(LARGEST, rng.choice([near, far])))
 
 
-def main():
+def run_damaged_programs(number, current):
+    """How many were refused and how many ran."""
     rng = random.Random(0)
     names = ["events", "expressions", "failures", "pulses", "stop", "third order", "20 reactions"]
+    outcomes = Counter()
+    for _ in range(number):
+        given = arguments(CASES[rng.choice(names)], rng.choice([1, 3]), rng.choice(["direct", "lane"]))
+        damage(rng, given["code"])
+        current[engine.STOP] = 0
+        try:
+            call({**given, "control": current})
+            outcomes["ran"] += 1
+        except RuntimeError as error:
+            assert "ssa_run: " in str(error), error
+            outcomes["refused"] += 1
+    return outcomes
+
+
+def run_with_more_threads_than_there_are():
+    """Threads take address space for their stacks: 2 GiB is not enough for 20,000 of them."""
+    import resource
+
+    few, many = arguments(rows=20_000), {**arguments(rows=20_000), "threads": 20_000}
+    call(few)
+    with open("/proc/self/statm") as status:
+        used = int(status.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, resource.RLIM_INFINITY))
+    call(many)
+    assert all(torch.equal(few[name], many[name]) for name in ("counts", "status", "n_events", "stop_time"))
+
+
+def main():
     current = engine.new_control()
+    over = threading.Event()
 
     def ask_to_stop():
         # A program that is another one after the damage may run for ever: it is asked to stop as Ctrl-C would.
         while not over.wait(0.3):
             current[engine.STOP] = 1
 
-    over = threading.Event()
     watchman = threading.Thread(target=ask_to_stop)
     watchman.start()
-    outcomes = Counter()
     try:
-        for _ in range(3000):
-            given = arguments(CASES[rng.choice(names)], rng.choice([1, 3]), rng.choice(["direct", "lane"]))
-            damage(rng, given["code"])
-            current[engine.STOP] = 0
-            try:
-                call({**given, "control": current})
-                outcomes["ran"] += 1
-            except RuntimeError as error:
-                assert "ssa_run: " in str(error), error
-                outcomes["refused"] += 1
+        outcomes = run_damaged_programs(3000, current)
     finally:
         over.set()
         watchman.join()
+    if sys.platform == "linux":
+        run_with_more_threads_than_there_are()
     for name, number in outcomes.items():
         print(name, number)
 

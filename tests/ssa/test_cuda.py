@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ssa.bit_cases import CASES, N, assert_same, joined, values
+from ssa.bit_cases import CASES, N, assert_same, joined, times_of_third_jumps, values
 
 from pygen import _native, ssa
 from pygen.ssa import engine, examples
@@ -120,6 +120,12 @@ def test_a_gpu_has_the_bits_of_the_cpu(case, cuda):
     assert_same(case.simulate(device=cuda), truth)
     assert_same(joined(case.simulate(37, device=cuda), case.simulate(N - 37, first=37, device=cuda)), truth)
     assert_same(case.simulate(1, first=41, device=cuda), values(truth, slice(41, 42)), "in trajectory 41 alone")
+
+
+@pytest.mark.gpu
+@compiled_engine
+def test_times_on_a_gpu_have_the_bits_of_the_cpu(cuda):
+    assert torch.equal(times_of_third_jumps(device=cuda), times_of_third_jumps(threads=2))
 
 
 @pytest.mark.gpu
