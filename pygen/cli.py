@@ -17,6 +17,7 @@ _EXTRAS = {
     "scipy": "ssa",
     "xarray": "ssa",
     "h5netcdf": "ssa",
+    "h5py": "ssa",
     "pandas": "ssa",
 }
 

@@ -50,7 +50,8 @@ def _numbers(what: str, value: Any) -> np.ndarray:
 
 
 def _unknown(what: str, unknown: Collection[str], known: Sequence[str]) -> ValueError:
-    return ValueError(f"{what}: unknown {', '.join(map(repr, unknown))}; there is: {', '.join(known) or 'none'}")
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return ValueError(f"{what}: unknown {', '.join(map(repr, unknown))}; there is: {shown or 'none'}")
 
 
 def rows(what: str, names: Sequence[str], defaults: np.ndarray, given: Any, n: int | None) -> np.ndarray:
