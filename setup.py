@@ -180,8 +180,6 @@ class Plan:
 
     def summary(self) -> str:
         cuda = f"{len(self.cuda_sources)} sources, {' '.join(cuda_archs())}" if self.nvcc else "left out"
-        if self.nvcc and not self.cuda_sources:
-            cuda = "no CUDA C++ sources in this version: the GPU kernels are Triton's and need no compiler"
         return "\n".join(
             [
                 "pygen builds:",
@@ -199,7 +197,7 @@ class Plan:
             "PYGEN_COMPILER": compiler_version(self.compiler),
             "PYGEN_BUILD_TORCH": self.torch_version,
             "PYGEN_CPU_LEVELS": ",".join(self.levels),
-            "PYGEN_CUDA": self.nvcc_reason if not self.nvcc else "built" if self.cuda_sources else "no sources",
+            "PYGEN_CUDA": "built" if self.nvcc else self.nvcc_reason,
             "PYGEN_CUDA_ARCHS": " ".join(cuda_archs()) if self.cuda_sources else "",
             "PYGEN_SANITIZERS": "address,undefined" if self.sanitize else "",
         }

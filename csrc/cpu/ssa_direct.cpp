@@ -76,7 +76,7 @@ class Crew {
     for (int64_t i = 0; i < net_.slots * kWidth; ++i) values_[i] = 0.0;
     for (int lane = 0; lane < kWidth; ++lane) {
       alarm_[lane] = kInfinity - kInfinity;
-      passes_[lane] = trajectory_low_[lane] = limit_[lane] = 0;
+      passes_[lane] = trajectory_index_[lane] = limit_[lane] = 0;
       trajectory_[lane].row = -1;
       if (lane < run_.share)
         refill(lane);
@@ -150,14 +150,14 @@ class Crew {
     limit_[lane] = -1;
   }
 
-  // Copies what the passes need of a lane's trajectory into the vectors. Adds up to the counter of the pass to come.
+  // Copies what the passes need of a lane's trajectory into the vectors.
   void resume(int lane) {
     const Trajectory& t = trajectory_[lane];
     const uint64_t index = run_.first + static_cast<uint64_t>(t.row);
     const double grid = run_.times[t.grid];
     alarm_[lane] = grid < t.next_break ? grid : t.next_break;
     passes_[lane] = t.passes;
-    trajectory_low_[lane] = index;
+    trajectory_index_[lane] = index;
     limit_[lane] = limited_ ? run_.max_events + t.quiet : INT64_MAX;
   }
 
@@ -226,7 +226,7 @@ class Crew {
     for (int g = 0; g < kGroup; ++g) {
       u64v counter, index;
       memcpy(&counter, passes_ + g * kLanes, sizeof counter);
-      memcpy(&index, trajectory_low_ + g * kLanes, sizeof index);
+      memcpy(&index, trajectory_index_ + g * kLanes, sizeof index);
       const auto u = uniforms<f64v>(counter, index, run_.seed, run_.stream);
       waited[g] = u.time;
       pick[g] = u.choice;
@@ -363,11 +363,11 @@ class Crew {
   Row* rows_;
   int32_t n_rows_ = 0;
   int active_ = 0;
-  bool check_laws_ = false;                      // once a trajectory needed it, for all
-  alignas(64) double alarm_[kWidth];             // no reaction before this time needs a look
-  alignas(64) uint64_t passes_[kWidth];          // Philox's counter
-  alignas(64) uint64_t trajectory_low_[kWidth];  // Philox's other counter
-  alignas(64) int64_t limit_[kWidth];            // the counter that means max_events reactions
+  bool check_laws_ = false;                        // once a trajectory needed it, for all
+  alignas(64) double alarm_[kWidth];               // no reaction before this time needs a look
+  alignas(64) uint64_t passes_[kWidth];            // Philox's counter
+  alignas(64) uint64_t trajectory_index_[kWidth];  // Philox's other counter
+  alignas(64) int64_t limit_[kWidth];              // the counter that means max_events reactions
   Trajectory trajectory_[kWidth];
 };
 

@@ -40,7 +40,8 @@ void ssa_run(const Tensor& code, const Tensor& literals, const Tensor& initial, 
              const Tensor& times, const Tensor& recorded, double start, int64_t first, int64_t seed, int64_t stream_id,
              std::string method, double tau_epsilon, int64_t max_events, int64_t, Tensor control, Tensor counts,
              Tensor status, Tensor n_events, Tensor stop_time, Tensor log_time, Tensor log_reaction) {
-  PYGEN_CHECK(method == "direct" || method == "lane", "ssa_run: on CUDA the method must be direct, got ", method);
+  PYGEN_CHECK(method == "direct" || method == "lane",
+              "ssa_run: on CUDA the method must be direct (auto takes sparse for large networks), got ", method);
   const Network on_host = checked_network(code, literals);
   Ensemble run =
       checked_ensemble({on_host, initial, parameters, times, recorded, start, first, seed, stream_id, tau_epsilon,

@@ -1,4 +1,4 @@
-// The CUDA kernel's launcher, without any header of torch: csrc/cuda/ssa.cu calls it, tests compile it alone.
+// The CUDA kernel's launcher, without any header of torch: csrc/cuda/ssa.cpp calls it, tests compile it alone.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,6 +1,6 @@
 // Functions that give the same bits on every device: log, exp, pow, floor, ceil. Each is a fixed sequence of IEEE
 // operations; the processor's or the toolkit's own functions differ from one another in the last bit. Largest errors
-// (tests/ssa/test_math.py): log and exp 1 ulp, pow 1 ulp where |y log x| < 8 and
+// (tests/ssa/test_math.py): log and exp 1 ulp, pow 1 ulp where |y log x| < 8, and
 // 1 + |y log x| / 16 ulp beyond.
 #pragma once
 
@@ -9,8 +9,8 @@
 PYGEN_BEGIN_LEVEL
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr double kLn2High =
-    6.93147180369123816490e-01;  // its last 21 bits are zero: a product with an exponent is exact
+// The last 21 bits of the high part are zero: its product with an exponent is exact.
+constexpr double kLn2High = 6.93147180369123816490e-01;
 constexpr double kLn2Low = 1.90821492927058770002e-10;
 
 template <class Real>

@@ -36,13 +36,10 @@ struct WordOf;
 template <>
 struct WordOf<double> {
   using Word = uint64_t;
-  using Integer = int64_t;
   static constexpr int lanes = 1;
 };
 template <class Real>
 using Word = typename WordOf<Real>::Word;
-template <class Real>
-using Integer = typename WordOf<Real>::Integer;
 
 PYGEN_SHARED double as_real(uint64_t bits) {
   double x;
@@ -78,7 +75,6 @@ typedef uint64_t u64v __attribute__((vector_size(PYGEN_VECTOR_BYTES)));
 template <>
 struct WordOf<f64v> {
   using Word = u64v;
-  using Integer = i64v;
   static constexpr int lanes = VecOf<double>::lanes;
 };
 

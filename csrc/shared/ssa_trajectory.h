@@ -1,6 +1,6 @@
 // The life of one trajectory around the passes: its start, the grid times and breakpoints that a waiting time crosses,
 // what may follow a reaction (events, stopping, invalid counts), its end. The lanes of a CPU come here one by one, and
-// seldom; a thread of a GPU, and replay, run whole trajectories through advance().
+// seldom; a thread of a GPU, and replay, make their passes with one_pass().
 #pragma once
 
 #include "ssa_step.h"
