@@ -39,6 +39,11 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
+      "nearest_codebook(Tensor x, Tensor codebook, str metric, Tensor? mask, bool return_distance, "
+      "bool return_candidates) -> (Tensor, Tensor, Tensor)");
+  m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, Tensor? mask) -> (Tensor, Tensor)");
+
+  m.def(
       "ssa_run(Tensor code, Tensor literals, Tensor initial, Tensor parameters, Tensor times, Tensor recorded, "
       "float start, int first, int seed, int stream, str method, float tau_epsilon, int max_events, int threads, "
       "Tensor(a!) control, Tensor(b!) counts, Tensor(c!) status, Tensor(d!) n_events, Tensor(e!) stop_time, "

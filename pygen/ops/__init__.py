@@ -2,7 +2,9 @@
 
 from pygen.ops.actnorm_conv1x1 import actnorm_conv1x1
 from pygen.ops.affine_coupling import additive_coupling, affine_coupling, affine_coupling_halves
+from pygen.ops.codebook_statistics import codebook_statistics
 from pygen.ops.cumax import cumax
+from pygen.ops.nearest_codebook import nearest_codebook
 from pygen.ops.rational_quadratic_spline import rational_quadratic_spline
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "additive_coupling",
     "affine_coupling",
     "affine_coupling_halves",
+    "codebook_statistics",
     "cumax",
+    "nearest_codebook",
     "rational_quadratic_spline",
 ]

@@ -10,7 +10,9 @@ from pygen.reference.affine_coupling import (
     affine_coupling_halves_backward,
     log_scale,
 )
+from pygen.reference.codebook_statistics import codebook_statistics
 from pygen.reference.cumax import cumax, cumax_backward
+from pygen.reference.nearest_codebook import METRICS, nearest_codebook
 from pygen.reference.rational_quadratic_spline import (
     TAILS,
     rational_quadratic_spline,
@@ -18,6 +20,7 @@ from pygen.reference.rational_quadratic_spline import (
 )
 
 __all__ = [
+    "METRICS",
     "SCALE_MAPS",
     "TAILS",
     "actnorm_conv1x1",
@@ -28,9 +31,11 @@ __all__ = [
     "affine_coupling_backward",
     "affine_coupling_halves",
     "affine_coupling_halves_backward",
+    "codebook_statistics",
     "cumax",
     "cumax_backward",
     "log_scale",
+    "nearest_codebook",
     "rational_quadratic_spline",
     "rational_quadratic_spline_backward",
 ]
