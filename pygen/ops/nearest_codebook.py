@@ -1,5 +1,5 @@
 """The nearest code, proved nearest. Kernels: csrc/nearest_codebook.cpp (CPU), triton_kernels/nearest_codebook.py (GPU).
-How the proof goes: docs/vector-quantization.md."""
+How the proof goes: docs/nearest-codebook.md."""
 
 from collections.abc import Callable
 from typing import Any
@@ -147,11 +147,11 @@ def nearest_codebook(
         z_i = \min \arg\min_k d(x_i, c_k)
 
     with :math:`d` the distance of the values as given, computed in float64: :math:`\lVert x - c \rVert`
-    ("euclidean"), :math:`1 - x \cdot c / (\lVert x \rVert \lVert c \rVert)` ("cosine"; a zero vector has cosine 0 with everything) or
-    :math:`-x \cdot c` ("dot"). The search itself runs in low precision, with a proved bound on its error; the codes
-    that the bound leaves in doubt are decided in float64. So the indices are the same on every device, at every instruction
-    set and number of threads, ties go to the lowest index, and the N x K matrix of distances never exists: memory is
-    O(N + K D).
+    ("euclidean"), :math:`1 - x \cdot c / (\lVert x \rVert \lVert c \rVert)` ("cosine"; a zero vector has cosine 0
+    with everything) or :math:`-x \cdot c` ("dot"). The search itself runs in low precision, with a proved bound on its
+    error; the codes that the bound leaves in doubt are decided in float64. So the indices are the same on every device,
+    at every instruction set and number of threads, ties go to the lowest index, and the N x K matrix of distances never
+    exists: memory is O(N + K D).
 
     Args:
         x: (..., D), or (H, ..., D) for H codebooks; float64, float32, bfloat16 or float16.
@@ -164,8 +164,8 @@ def nearest_codebook(
 
     Returns:
         indices: (...), int64. Then, if asked for, distance: (...), float32 (float64 for float64), and candidates:
-        (...), int32. A vector with NaN or infinity gets -1 and distance NaN. A code with NaN or infinity is never chosen, and
-        if there is no other all get -1.
+        (...), int32. A vector with NaN or infinity gets -1 and distance NaN. A code with NaN or infinity is never
+        chosen, and if there is no other all get -1.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, an unknown metric, an empty codebook.
