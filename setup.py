@@ -34,8 +34,9 @@ KERNEL_FLAGS = [
     "-Wno-stringop-overflow", "-Wno-stringop-overread",
 ]  # fmt: skip
 # GCC schedules before it assigns registers only when told to; without it unrolled chains run one after the other.
-# Simulations are the same bits at every level and on every device: no fused multiply-add that the source does not name.
-EXACT_FLAGS = {"ssa": ["-ffp-contract=off"]}  # by the first word of a file's name
+# Simulations, and the choice of the nearest code, are the same bits at every level and on every device: no fused
+# multiply-add that the source does not name.
+EXACT_FLAGS = {"ssa": ["-ffp-contract=off"], "nearest": ["-ffp-contract=off"]}  # by the first word of a file's name
 GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
 X86_LEVELS = {
     "default": [],
@@ -45,6 +46,12 @@ X86_LEVELS = {
         "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+# Sources with instructions that only some CPUs with AVX-512 have: compiled for that level alone.
+EXTRA_LEVELS = {
+    "avx512_vnni": ["-DPYGEN_LEVEL_AVX512_VNNI", "-mavx512vnni"],
+    "amx": ["-DPYGEN_LEVEL_AMX", "-mamx-tile", "-mamx-bf16"],
+}
+ONLY_LEVEL = {"nearest_codebook_int8": "avx512_vnni", "nearest_codebook_bf16": "amx"}
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 
 
@@ -150,6 +157,7 @@ class Plan:
     includes: list[str]
     library_dir: str
     levels: dict[str, list[str]]
+    extra_levels: dict[str, list[str]]
     nvcc: str | None
     nvcc_reason: str
     sanitize: bool
@@ -169,14 +177,21 @@ class Plan:
     def add_objects(self) -> None:
         kernel_flags = KERNEL_FLAGS + ([] if "clang" in compiler_version(self.compiler) else GCC_SCHEDULING)
         x86 = ["-DPYGEN_X86_LEVELS"] if len(self.levels) > 1 else []
+        x86 += [f"-DPYGEN_BUILT_{level.upper()}" for level in self.extra_levels]
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             self.objects.append(("cxx", source, f"{source.stem}.o", ["-O2", *x86, *exact_flags(source)]))
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            for level, flags in self.levels.items():
+            for level, flags in self.levels_of(source).items():
                 flags = [*kernel_flags, *x86, *flags, *exact_flags(source)]
                 self.objects.append(("cxx", source, f"cpu_{source.stem}.{level}.o", flags))
         for source in self.cuda_sources:
             self.objects.append(("nvcc", source, f"cuda_{source.stem}.o", cuda_archs()))
+
+    def levels_of(self, source: Path) -> dict[str, list[str]]:
+        only = ONLY_LEVEL.get(source.stem)
+        if only is None:
+            return self.levels
+        return {only: [*self.levels["avx512"], *self.extra_levels[only]]} if only in self.extra_levels else {}
 
     def summary(self) -> str:
         cuda = f"{len(self.cuda_sources)} sources, {' '.join(cuda_archs())}" if self.nvcc else "left out"
@@ -185,7 +200,7 @@ class Plan:
                 "pygen builds:",
                 f"  compiler    {self.compiler}",
                 f"  torch       {self.torch_version} (stable ABI of 2.10: the result loads in every later torch)",
-                f"  CPU levels  {', '.join(self.levels)} on {platform.machine()}",
+                f"  CPU levels  {', '.join([*self.levels, *self.extra_levels])} on {platform.machine()}",
                 f"  CUDA C++    {cuda} ({self.nvcc_reason})",
                 f"  sanitizers  {'address, undefined' if self.sanitize else 'none'}",
                 f"  objects     {len(self.objects)}",
@@ -196,7 +211,7 @@ class Plan:
         values = {
             "PYGEN_COMPILER": compiler_version(self.compiler),
             "PYGEN_BUILD_TORCH": self.torch_version,
-            "PYGEN_CPU_LEVELS": ",".join(self.levels),
+            "PYGEN_CPU_LEVELS": ",".join([*self.levels, *self.extra_levels]),
             "PYGEN_CUDA": "built" if self.nvcc else self.nvcc_reason,
             "PYGEN_CUDA_ARCHS": " ".join(cuda_archs()) if self.cuda_sources else "",
             "PYGEN_SANITIZERS": "address,undefined" if self.sanitize else "",
@@ -238,6 +253,16 @@ def compiler_version(compiler: str) -> str:
     return first.replace('"', "'")
 
 
+def understood_levels(compiler: str) -> dict[str, list[str]]:
+    """Those of EXTRA_LEVELS that the compiler has instructions for: AMX came with GCC 11 and Clang 12."""
+
+    def understood(flags: list[str]) -> bool:
+        command = [*shlex.split(compiler), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return {level: flags for level, flags in EXTRA_LEVELS.items() if understood(flags)}
+
+
 def make_plan() -> Plan:
     torch = checked_torch()
     import pybind11
@@ -245,12 +270,15 @@ def make_plan() -> Plan:
     torch_dir = Path(torch.__file__).parent
     includes = [str(torch_dir / "include"), pybind11.get_include(), sysconfig.get_paths()["include"]]
     nvcc, reason = cuda_decision(torch)
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    compiler = checked_compiler()
     plan = Plan(
-        compiler=checked_compiler(),
+        compiler=compiler,
         torch_version=torch.__version__,
         includes=includes,
         library_dir=str(torch_dir / "lib"),
-        levels=X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"default": []},
+        levels=X86_LEVELS if x86 else {"default": []},
+        extra_levels=understood_levels(compiler) if x86 else {},
         nvcc=nvcc,
         nvcc_reason=reason,
         sanitize=switched_on("PYGEN_SANITIZE"),

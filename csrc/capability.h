@@ -6,7 +6,8 @@
 
 namespace pygen {
 
-enum class Capability { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+// The last two are AVX-512 for all but the files that have kernels for them.
+enum class Capability { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAmx = 4 };
 
 // The highest level that this machine and this build have.
 Capability best_capability();
@@ -14,7 +15,7 @@ Capability best_capability();
 // The level that kernels are taken from now.
 Capability capability();
 
-// Takes "default", "avx2" or "avx512"; throws std::invalid_argument for a name or a level that is not to be had here.
+// Takes "default", "avx2", "avx512", "avx512_vnni" or "amx"; throws std::invalid_argument for a name or a level that is not to be had here.
 void set_capability(const std::string& name);
 
 std::string capability_name(Capability level);
@@ -26,6 +27,8 @@ std::vector<std::string> capability_names();
 template <typename Table>
 const Table& at_capability(const Table& baseline, const Table& avx2, const Table& avx512) {
   switch (capability()) {
+    case Capability::kAmx:
+    case Capability::kAvx512Vnni:
     case Capability::kAvx512:
       return avx512;
     case Capability::kAvx2:

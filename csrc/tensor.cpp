@@ -33,6 +33,8 @@ int32_t shim_dtype(ScalarType dtype) {
       return aoti_torch_dtype_float16();
     case ScalarType::Long:
       return aoti_torch_dtype_int64();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
     default:
       return aoti_torch_dtype_float32();
   }
@@ -51,9 +53,7 @@ Tensor empty_contiguous(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, shim_dtype(dtype), aoti_torch_device_type_cpu(),
                                                   /*device_index=*/-1, &handle));
   Tensor result(handle);
-  const size_t bytes = elements * (dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
-                                   : dtype == ScalarType::Float                             ? 4
-                                                                                            : 2);
+  const size_t bytes = elements * bytes_of(dtype);
   if (bytes >= 2 * kHugePage) ask_for_huge_pages(result.data_ptr(), bytes);
   return result;
 }

@@ -63,6 +63,20 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
+// Of one element of the types that results have.
+inline int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 // The place of a floating type in a table of kernels.
 inline int type_of(ScalarType dtype) {
   switch (dtype) {

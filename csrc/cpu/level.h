@@ -1,5 +1,5 @@
-// The instruction-set level that this file is being compiled for. Every csrc/cpu/*.cpp is compiled once per level, with
-// the level's own flags, and everything in it lives in the level's namespace: a function compiled with AVX-512 then has
+// The instruction-set level that this file is being compiled for. Every csrc/cpu/*.cpp is compiled once per level (those
+// for the integer and tile instructions of newer CPUs for their own level only), with the level's own flags, and everything in it lives in the level's namespace: a function compiled with AVX-512 then has
 // another name than the same function compiled for the baseline, and the linker cannot mix them up.
 //
 // For the same reason nothing in csrc/cpu/ includes a C++ library header with inline code: the copy that the linker
@@ -10,7 +10,13 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(PYGEN_LEVEL_AVX512)
+#if defined(PYGEN_LEVEL_AMX)
+#define PYGEN_LEVEL amx
+#define PYGEN_VECTOR_BYTES 64
+#elif defined(PYGEN_LEVEL_AVX512_VNNI)
+#define PYGEN_LEVEL avx512_vnni
+#define PYGEN_VECTOR_BYTES 64
+#elif defined(PYGEN_LEVEL_AVX512)
 #define PYGEN_LEVEL avx512
 #define PYGEN_VECTOR_BYTES 64
 #elif defined(PYGEN_LEVEL_AVX2)

@@ -116,8 +116,10 @@ def _check(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> Non
         raise ValueError(f"nearest_codebook: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if codebook.dim() not in (2, 3):
         raise ValueError(f"nearest_codebook: codebook must be (K, D) or (H, K, D), got {tuple(codebook.shape)}")
-    if codebook.size(-2) == 0:
-        raise ValueError(f"nearest_codebook: the codebook must have a code, got shape {tuple(codebook.shape)}")
+    if codebook.size(-2) == 0 or codebook.size(-1) == 0:
+        raise ValueError(
+            f"nearest_codebook: the codebook must have a code of at least one element, got {tuple(codebook.shape)}"
+        )
     if x.dim() == 0 or x.size(-1) != codebook.size(-1):
         raise ValueError(
             f"nearest_codebook: x must be (..., {codebook.size(-1)}) as the codebook {tuple(codebook.shape)}, got "
