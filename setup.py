@@ -51,7 +51,7 @@ EXTRA_LEVELS = {
     "avx512_vnni": ["-DPYGEN_LEVEL_AVX512_VNNI", "-mavx512vnni"],
     "amx": ["-DPYGEN_LEVEL_AMX", "-mamx-tile", "-mamx-bf16"],
 }
-ONLY_LEVEL = {"nearest_codebook_int8": "avx512_vnni", "nearest_codebook_bf16": "amx"}
+ONLY_LEVEL = {"nearest_codebook_integers": "avx512_vnni", "nearest_codebook_bf16": "amx"}
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 
 

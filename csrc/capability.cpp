@@ -21,7 +21,7 @@ const char* const kNames[] = {"default", "avx2", "avx512", "avx512_vnni", "amx"}
 // bfloat16 tiles: the CPU has them, and Linux lets this process use their registers when it asks.
 bool has_amx() {
 #if defined(__linux__)
-  if (pygen_amx_is_emulated) return pygen_amx_is_emulated() != 0;
+  if (pygen_amx_is_emulated && pygen_amx_is_emulated()) return true;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // CPUID leaf 7, EDX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM
   unsigned a = 0, b = 0, c = 0, d = 0;

@@ -14,8 +14,9 @@
 namespace pygen {
 namespace {
 
-// Shorter vectors are searched in float32: the windows of the low precisions cost more than their speed brings.
-constexpr int64_t kShortest = 17;
+// Short vectors have so few products that the wide windows of the low precisions would cost more than their speed
+// brings: the shortest are searched in float32, the next in 16-bit integers where there are any, else in float32 as well.
+constexpr int64_t kShortest = 4, kShort = 17;
 // Groups are at least a block and at most so many: their peaks are kept for every row of a chunk.
 constexpr int64_t kMostGroups = 1024;
 // A chunk's peaks, and its rows' words, stay in the second-level cache.
@@ -28,6 +29,9 @@ constexpr int64_t kFewRows = 4;
 // values keep their exact representation.
 constexpr double kMeanWorthwhile = 1.0 / 16;
 constexpr int64_t kCodesPerTask = 64;
+// Groups whose norms differ by less than this factor get the bounds of the greatest: the loops over groups then have
+// nothing to compute. Not so for 8-bit integers, whose steps gain more by fitting their group.
+constexpr float kUniform = 1.5f;
 
 // Uninitialised memory, aligned for the widest vectors.
 template <typename T>
@@ -53,14 +57,14 @@ struct Search {
 Search chosen_search(int64_t dim) {
   const NearestCodebookKernels& kernels = PYGEN_KERNELS(nearest_codebook_kernels);
 #if defined(PYGEN_X86_LEVELS)
-  if (dim >= kShortest) {
 #if defined(PYGEN_BUILT_AMX)
-    if (capability() >= Capability::kAmx) return {Format::kBFloat16, &amx::bfloat16_search};
+  if (dim >= kShort && capability() >= Capability::kAmx) return {Format::kBFloat16, &amx::bfloat16_search};
 #endif
 #if defined(PYGEN_BUILT_AVX512_VNNI)
-    if (capability() >= Capability::kAvx512Vnni) return {Format::kInt8, &avx512_vnni::int8_search};
+  if (dim >= kShortest && capability() >= Capability::kAvx512Vnni)
+    return dim >= kShort ? Search{Format::kInt8, &avx512_vnni::int8_search}
+                         : Search{Format::kInt16, &avx512_vnni::int16_search};
 #endif
-  }
 #endif
   return {Format::kFloat32, &kernels.float32};
 }
@@ -81,22 +85,20 @@ class Prepared {
         code_words_(groups_.count * groups_.blocks * kBlockCodes * words_of(search.format, given.dim)),
         bias_(groups_.count * groups_.blocks * kBlockCodes),
         bounds_(groups_.count) {
-    codes_ = {given,
-              metric,
-              search.format,
-              words_of(search.format, given.dim),
-              groups_.blocks,
-              groups_.count,
-              true,
-              false,
-              1.0,
-              1.0,
-              mean_.get(),
-              squared_norm_.get(),
-              usable_.get(),
-              code_words_.get(),
-              bias_.get(),
-              bounds_.get()};
+    codes_ = {};
+    codes_.given = given;
+    codes_.metric = metric;
+    codes_.format = search.format;
+    codes_.words = words_of(search.format, given.dim);
+    codes_.group_blocks = groups_.blocks;
+    codes_.groups = groups_.count;
+    codes_.scaling = codes_.largest = 1.0;
+    codes_.mean = mean_.get();
+    codes_.squared_norm = squared_norm_.get();
+    codes_.usable = usable_.get();
+    codes_.code_words = code_words_.get();
+    codes_.bias = bias_.get();
+    codes_.bounds = bounds_.get();
     frame();
     codes_.searchable = codes_.searchable && rows > kFewRows;
     if (codes_.searchable && codes_.any_usable) pack();
@@ -164,13 +166,39 @@ class Prepared {
     for (int64_t i = 0; i < dim; ++i) mean_.get()[i] = worthwhile ? mean_.get()[i] * codes_.scaling : 0.0;
   }
 
-  void pack() {
+  using OverGroups = void (*)(const PackedCodebook&, int64_t, int64_t, double*, float*);
+
+  void over_groups(OverGroups function) {
     const int64_t dim = codes_.given.dim, work = codes_.group_codes() * dim;
     parallel_for(codes_.groups, std::max<int64_t>(1, kElementsPerTask / work), [&](int64_t begin, int64_t end) {
       Buffer<double> wide(dim + 8);
       Buffer<float> scratch(4 * (dim + 64));
-      PYGEN_KERNELS(nearest_codebook_kernels).pack_groups(codes_, begin, end, wide.get(), scratch.get());
+      function(codes_, begin, end, wide.get(), scratch.get());
     });
+  }
+
+  void pack() {
+    const NearestCodebookKernels& kernels = PYGEN_KERNELS(nearest_codebook_kernels);
+    over_groups(kernels.size_groups);
+    GroupBounds* const first = codes_.bounds;
+    GroupBounds* const last = first + codes_.groups;
+    const auto greatest = [&](float GroupBounds::* field) {
+      float value = 0;
+      for (const GroupBounds* g = first; g < last; ++g) value = std::max(value, g->*field);
+      return value;
+    };
+    const float norm = greatest(&GroupBounds::norm);
+    codes_.uniform = codes_.format != Format::kInt8 &&
+                     std::all_of(first, last, [&](const GroupBounds& g) { return g.norm * kUniform >= norm; });
+    if (codes_.uniform) {
+      const float scale = greatest(&GroupBounds::scale);
+      std::for_each(first, last, [&](GroupBounds& g) { g.norm = norm, g.scale = scale; });
+    }
+    over_groups(kernels.pack_groups);
+    if (codes_.uniform) {
+      const float residual = greatest(&GroupBounds::residual);
+      std::for_each(first, last, [&](GroupBounds& g) { g.residual = residual; });
+    }
   }
 
   Buffer<double> mean_, squared_norm_;
@@ -193,25 +221,25 @@ class Chunk {
         kind_(rows),
         peaks_(rows * codes.groups),
         flagged_(kStripRows * codes.groups),
+        thresholds_(kStripRows * codes.groups),
         wide_(2 * (codes.given.dim + 8)),
         scores_(codes.group_codes()),
-        scratch_(4 * (codes.given.dim + 64)) {
-    rows_ = {given,
-             0,
-             0,
-             0,
-             mask,
-             words_.get(),
-             start_.get(),
-             floats_.get(),
-             floats_.get() + rows,
-             floats_.get() + 2 * rows,
-             floats_.get() + 3 * rows,
-             kind_.get(),
-             peaks_.get(),
-             flagged_.get(),
-             wide_.get(),
-             scores_.get()};
+        scratch_(2 * kStripRows * (codes.given.dim + 64)) {
+    rows_ = {};
+    rows_.given = given;
+    rows_.mask = mask;
+    rows_.row_words = words_.get();
+    rows_.start = start_.get();
+    rows_.inverse = floats_.get();
+    rows_.residual = floats_.get() + rows;
+    rows_.length = floats_.get() + 2 * rows;
+    rows_.constant = floats_.get() + 3 * rows;
+    rows_.kind = kind_.get();
+    rows_.peaks = peaks_.get();
+    rows_.flagged = flagged_.get();
+    rows_.thresholds = thresholds_.get();
+    rows_.wide = wide_.get();
+    rows_.scores = scores_.get();
   }
 
   void search(const PackedCodebook& codes, const ScreenKernels& search, int64_t first, int64_t count,
@@ -234,6 +262,7 @@ class Chunk {
   Buffer<RowKind> kind_;
   Buffer<float> peaks_;
   Buffer<int32_t> flagged_;
+  Buffer<float> thresholds_;
   Buffer<double> wide_;
   Buffer<float> scores_, scratch_;
   PackedRows rows_;

@@ -13,11 +13,13 @@ namespace pygen {
 enum class Metric { kEuclidean, kCosine, kDot };
 
 // What codes and rows are rounded to for the search; the search itself has one file per format.
-enum class Format { kFloat32, kInt8, kBFloat16 };
+enum class Format { kFloat32, kInt8, kInt16, kBFloat16 };
+
+constexpr bool is_integer(Format format) { return format == Format::kInt8 || format == Format::kInt16; }
 
 // Elements of a format in one 32-bit word.
 constexpr int64_t elements_per_word(Format format) {
-  return format == Format::kFloat32 ? 1 : format == Format::kBFloat16 ? 2 : 4;
+  return format == Format::kFloat32 ? 1 : format == Format::kInt8 ? 4 : 2;
 }
 
 // Codes of a block and rows of a strip: the lanes of an AVX-512 register and the rows of an AMX tile.
@@ -41,11 +43,12 @@ struct GivenVectors {
 
 // What the bound needs of a group of codes.
 struct GroupBounds {
-  float scale;     // t: a score is (peak - offset) * t, in units of the row's step a
-  float norm;      // W >= |w| of every code
-  float residual;  // E >= |w - w^|, with the rounding that is proportional to |x^|
-  float slack;     // C: the rounding that is proportional to W^2
-  float unit;      // the rounding of a score as an integer
+  float inverse_scale;  // 1 / t
+  float scale;          // t: a score is (peak - offset) * t, in units of the row's step a
+  float norm;           // W >= |w| of every code
+  float residual;       // E >= |w - w^|, with the rounding that is proportional to |x^|
+  float slack;          // C: the rounding that is proportional to W^2
+  float unit;           // the rounding of a score as an integer
 };
 
 // One head's codebook, brought into the frame of the search: w = scaling * v - mean, v the code (its unit vector for the
@@ -57,6 +60,7 @@ struct PackedCodebook {
   int64_t words;         // of a code or row: D in the format's words, padded with zeros
   int64_t group_blocks;  // blocks that share one peak, one scale and one bound
   int64_t groups;
+  bool uniform;     // all groups have the same bounds
   bool searchable;  // false: magnitudes beyond the proof; all is decided in float64
   bool any_usable;
   double scaling;
@@ -87,10 +91,11 @@ struct PackedRows {
   float* length;       // P / a >= |x^| / a
   float* constant;     // R / a: float64's own rounding
   RowKind* kind;
-  float* peaks;      // (groups, strips * 16): the greatest score of each group
-  int32_t* flagged;  // (16, groups): scratch of `decide`
-  double* wide;      // (2, D + 8): scratch, a row and a code in float64
-  float* scores;     // (group_codes,): scratch
+  float* peaks;       // (groups, strips * 16): the greatest score of each group
+  int32_t* flagged;   // (16, groups): scratch of `decide`, as all that follows
+  float* thresholds;  // (16, groups)
+  double* wide;       // (2, D + 8): a row and a code in float64
+  float* scores;      // (group_codes,)
 };
 
 struct SearchResults {
@@ -117,8 +122,10 @@ struct CodeSummary {
 struct NearestCodebookKernels {
   // Notes which codes first..last-1 are usable and their squared norms; adds the (unit) codes to sum[D].
   CodeSummary (*summarise)(const PackedCodebook&, int64_t first, int64_t last, double* sum, double* wide);
-  // `scratch`: 4 * (D + 64) * 4 bytes.
+  // Writes the groups' scales and norms; what follows may raise them. `scratch`: 4 * (D + 64) floats.
+  void (*size_groups)(const PackedCodebook&, int64_t first, int64_t last, double* wide, float* scratch);
   void (*pack_groups)(const PackedCodebook&, int64_t first, int64_t last, double* wide, float* scratch);
+  // `scratch`: 32 * (D + 64) floats.
   void (*pack_rows)(const PackedCodebook&, const PackedRows&, float* scratch);
   void (*decide)(const PackedCodebook&, const PackedRows&, const ScreenKernels&, const SearchResults&);
   ScreenKernels float32;
@@ -128,7 +135,7 @@ PYGEN_DECLARE_KERNELS(NearestCodebookKernels, nearest_codebook_kernels)
 
 #if defined(PYGEN_X86_LEVELS)
 namespace avx512_vnni {
-extern const ScreenKernels int8_search;
+extern const ScreenKernels int8_search, int16_search;
 }
 namespace amx {
 extern const ScreenKernels bfloat16_search;

@@ -15,7 +15,7 @@ struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
-  TileConfig() {
+  constexpr TileConfig() {
     for (int t = 0; t < 8; ++t) row_bytes[t] = kTileBytes, rows[t] = 16;
   }
 };
@@ -81,7 +81,7 @@ struct Tile {
 
 // A thread's tiles belong to this search alone: nothing of them is left behind.
 void screen(const PackedCodebook& codes, const PackedRows& rows) {
-  const TileConfig config;
+  static constexpr TileConfig config;
   _tile_loadconfig(&config);
   screen_groups<Tile>(codes, rows);
   _tile_release();

@@ -9,15 +9,19 @@ PYGEN_BEGIN_LEVEL
 
 namespace {
 
-constexpr double kUnit32 = 0x1p-24;   // float32's unit roundoff
-constexpr double kUnit64 = 0x1p-53;   // float64's
-constexpr float kTiny = 0x1p-60f;     // above all that float32 loses by underflow in the frame, where codes are about 1
-constexpr float kGreatest = 0x1p50f;  // rows this many times larger than the codes are decided by brute force
+constexpr double kUnit32 = 0x1p-24;  // float32's unit roundoff
+constexpr double kUnit64 = 0x1p-53;  // float64's
+// Above all that underflow loses in the frame, where codes are about 1: AMX, and whoever lets denormals be flushed, makes
+// zero of every product or sum below 2^-126.
+constexpr float kTiny = 0x1p-45f;
+constexpr float kGreatest = 0x1p50f;        // rows this many times larger than the codes are decided by brute force
+constexpr float kFiniteSquares = 0x1p120f;  // a sum that is no larger has neither infinity nor NaN in it
 constexpr float kSmallestStep = 0x1p-40f;
 
-// An 8-bit integer's range, and the length that keeps the product of two such vectors below 2^22.
+// A byte's range, and the length that, after rounding n elements, keeps the product of two such vectors below 2^22 (and
+// every element within 16 bits).
 constexpr float kLargestByte = 127.0f;
-PYGEN_INLINE float largest_length(int64_t words) { return 2047.0f - 0.5f * float(__builtin_sqrt(double(4 * words))); }
+PYGEN_INLINE float largest_length(int64_t n) { return 2047.0f - 0.5f * float(__builtin_sqrt(double(n))); }
 constexpr int kCodeOffset = 128;  // dpbusd multiplies unsigned (the code) by signed (the row)
 
 PYGEN_INLINE int32_t as_bits(float value) {
@@ -49,12 +53,7 @@ PYGEN_INLINE float norm_above(double squares, int64_t n) {
   return float(__builtin_sqrt(squares) * (1 + n * 2 * kUnit32)) + kTiny;
 }
 
-struct Rounded {
-  float residual;  // >= |exact - rounded|
-  int32_t total;   // of the integers
-};
-
-// The frame's elements as words; `step` is the size of an integer.
+// A code's elements as words, and a bound of what they lost; `step` is the size of an integer.
 PYGEN_INLINE float round_to_bf16(const float* frame, int64_t words, float* residual, int32_t* out) {
   const int64_t n = 2 * words;
   for (int64_t i = 0; i < n; ++i) {
@@ -65,9 +64,19 @@ PYGEN_INLINE float round_to_bf16(const float* frame, int64_t words, float* resid
   return norm_above(sum_of_squares(residual, (n + 15) / 16 * 16), n);
 }
 
-PYGEN_INLINE Rounded round_to_int8(const float* frame, int64_t words, float step, int offset, float* residual,
-                                   int32_t* integers, int32_t* out) {
-  const int64_t padded = (4 * words + 15) / 16 * 16;
+// How the elements of a word of integers lie in it.
+template <Format F>
+struct Integers {
+  static constexpr int kCount = elements_per_word(F), kBits = 32 / kCount;
+  static constexpr int32_t kMask = (1 << kBits) - 1;
+};
+
+template <Format F>
+float round_to_integers(const float* frame, int64_t words, float step, float* residual, int32_t* integers,
+                        int32_t* out) {
+  using Layout = Integers<F>;
+  const int64_t padded = (Layout::kCount * words + 15) / 16 * 16;
+  const int32_t offset = F == Format::kInt8 ? kCodeOffset : 0;
   const f32v inverse = splat(1.0f / step), shift = splat(kIntegerOffset), a = splat(step);
   for (int64_t i = 0; i < padded; i += VecOf<float>::lanes) {
     const f32v x = load(frame + i);
@@ -76,14 +85,13 @@ PYGEN_INLINE Rounded round_to_int8(const float* frame, int64_t words, float step
     const i32v value = (i32v)shifted - kIntegerOffsetBits;
     memcpy(integers + i, &value, sizeof value);
   }
-  int32_t total = 0;
-  for (int64_t i = 0; i < 4 * words; ++i) total += integers[i];
   for (int64_t w = 0; w < words; ++w) {
     uint32_t word = 0;
-    for (int b = 0; b < 4; ++b) word |= uint32_t((integers[4 * w + b] + offset) & 0xff) << 8 * b;
+    for (int b = 0; b < Layout::kCount; ++b)
+      word |= uint32_t((integers[Layout::kCount * w + b] + offset) & Layout::kMask) << Layout::kBits * b;
     out[w] = static_cast<int32_t>(word);
   }
-  return {norm_above(sum_of_squares(residual, padded), padded), total};
+  return norm_above(sum_of_squares(residual, padded), padded);
 }
 
 struct Scratch {
@@ -116,16 +124,20 @@ PYGEN_INLINE void to_frame(const double* given, double factor, const double* mea
   for (int64_t i = dim; i < padded; ++i) frame[i] = 0.0f;
 }
 
+// These two read zeros behind the vector.
 PYGEN_INLINE bool all_finite(const double* v, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += v[i] - v[i];
-  return sum == 0;
+  f64v sum = {};
+  for (int64_t i = 0; i < n; i += VecOf<double>::lanes) sum += load(v + i) - load(v + i);
+  return sum_of_lanes(sum) == 0;
 }
 
 PYGEN_INLINE double largest_magnitude(const double* v, int64_t n) {
-  double largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = greater(largest, v[i] < 0 ? -v[i] : v[i]);
-  return largest;
+  f64v largest = {};
+  for (int64_t i = 0; i < n; i += VecOf<double>::lanes) {
+    const f64v x = load(v + i);
+    largest = at_least(x < 0.0 ? -x : x, largest);
+  }
+  return maximum_of_lanes(largest);
 }
 
 }  // namespace
@@ -159,24 +171,9 @@ PYGEN_INLINE void frame_of_code(const PackedCodebook& codes, int64_t k, double* 
   to_frame(wide, code_factor(codes, k), codes.mean, codes.given.dim, padded_dim(codes), frame);
 }
 
-struct GroupSize {
-  float element, norm;
-};
-
-GroupSize size_of_group(const PackedCodebook& codes, int64_t first, int64_t last, double* wide, float* frame) {
-  GroupSize size = {};
-  const int64_t padded = padded_dim(codes);
-  for (int64_t k = first; k < last; ++k) {
-    if (!codes.usable[k]) continue;
-    frame_of_code(codes, k, wide, frame);
-    size.element = greater(size.element, largest_element(frame, padded));
-    size.norm = greater(size.norm, norm_above(sum_of_squares(frame, padded), padded));
-  }
-  return size;
-}
-
-PYGEN_INLINE float step_for(float element, float norm, int64_t words) {
-  return greater(greater(element / kLargestByte, norm / largest_length(words)), kSmallestStep);
+PYGEN_INLINE float step_for(const PackedCodebook& codes, float element, float norm) {
+  const float by_length = greater(norm / largest_length(padded_dim(codes)), kSmallestStep);
+  return codes.format == Format::kInt8 ? greater(element * (1 / kLargestByte), by_length) : by_length;
 }
 
 // Where word w of code j of a block stands. AMX's first operand has 16 words of a code in one row of the tile; its second,
@@ -204,9 +201,9 @@ void pack_code(const PackedCodebook& codes, int64_t slot, bool usable, float ste
   } else if (codes.format == Format::kBFloat16) {
     *residual = greater(*residual, round_to_bf16(scratch.frame, words, scratch.residual, out));
   } else {
-    const auto rounded =
-        round_to_int8(scratch.frame, words, step, kCodeOffset, scratch.residual, scratch.integers, out);
-    *residual = greater(*residual, rounded.residual);
+    const auto round =
+        codes.format == Format::kInt8 ? round_to_integers<Format::kInt8> : round_to_integers<Format::kInt16>;
+    *residual = greater(*residual, round(scratch.frame, words, step, scratch.residual, scratch.integers, out));
   }
   if (codes.format != Format::kFloat32)
     for (int64_t w = 0; w < words; ++w) block[code_word_at(codes, j, w)] = out[w];
@@ -215,25 +212,40 @@ void pack_code(const PackedCodebook& codes, int64_t slot, bool usable, float ste
 
 }  // namespace
 
+void size_groups(const PackedCodebook& codes, int64_t first_group, int64_t last_group, double* wide, float* memory) {
+  const int64_t padded = padded_dim(codes);
+  for (int64_t group = first_group; group < last_group; ++group) {
+    float element = 0, norm = 0;
+    for (int64_t k = group * codes.group_codes(); k < (group + 1) * codes.group_codes(); ++k) {
+      if (k >= codes.given.count || !codes.usable[k]) continue;
+      frame_of_code(codes, k, wide, memory);
+      element = greater(element, largest_element(memory, padded));
+      norm = greater(norm, norm_above(sum_of_squares(memory, padded), padded));
+    }
+    GroupBounds& bounds = codes.bounds[group];
+    bounds.norm = norm;
+    bounds.scale = is_integer(codes.format) ? step_for(codes, element, norm) : 1.0f;
+  }
+}
+
 void pack_groups(const PackedCodebook& codes, int64_t first_group, int64_t last_group, double* wide, float* memory) {
   const Scratch scratch(memory, codes.given.dim);
+  const bool integers = is_integer(codes.format);
   for (int64_t group = first_group; group < last_group; ++group) {
-    const int64_t first = group * codes.group_codes();
-    const int64_t last = first + codes.group_codes(), end = last < codes.given.count ? last : codes.given.count;
-    const GroupSize size = size_of_group(codes, first, end, wide, scratch.frame);
-    const bool integers = codes.format == Format::kInt8;
-    const float step = integers ? step_for(size.element, size.norm, codes.words) : 1.0f;
+    GroupBounds& bounds = codes.bounds[group];
     float residual = 0;
-    for (int64_t slot = first; slot < last; ++slot) {
-      const bool usable = slot < end && codes.usable[slot];
+    for (int64_t slot = group * codes.group_codes(); slot < (group + 1) * codes.group_codes(); ++slot) {
+      const bool usable = slot < codes.given.count && codes.usable[slot];
       if (usable) frame_of_code(codes, slot, wide, scratch.frame);
-      pack_code(codes, slot, usable, step, scratch, &residual);
+      pack_code(codes, slot, usable, bounds.scale, scratch, &residual);
     }
     // Sums of D products, and the few operations of the bounds themselves, in float32.
-    const double kappa = ((integers ? 0 : padded_dim(codes)) + 32) * 2 * kUnit32;
-    residual += float(4 * kUnit32) * size.norm + kTiny;
-    codes.bounds[group] = {step, size.norm, residual + float(kappa) * (size.norm + residual),
-                           float(kappa) * size.norm * size.norm, integers ? 2 * step : 0.0f};
+    const float kappa = float(((integers ? 0 : padded_dim(codes)) + 32) * 2 * kUnit32);
+    residual += float(4 * kUnit32) * bounds.norm + kTiny;
+    bounds.residual = residual + kappa * (bounds.norm + residual);
+    bounds.slack = kappa * bounds.norm * bounds.norm;
+    bounds.unit = integers ? 3 * bounds.scale : 0.0f;
+    bounds.inverse_scale = 1 / bounds.scale;
   }
 }
 
@@ -249,76 +261,184 @@ PYGEN_INLINE double power_of_two_for(double largest) {
   return power;
 }
 
-// Of a row in the frame: its bounds, words and the rest, at row r of the chunk.
-void pack_row(const PackedCodebook& codes, const PackedRows& rows, int64_t r, const Scratch& scratch) {
-  const int64_t padded = padded_dim(codes), words = codes.words;
-  const double squares = sum_of_squares(scratch.frame, padded);
-  const float norm = norm_above(squares, padded);
-  int32_t* out = rows.row_words + r / kStripRows * words * kStripRows + r % kStripRows;
-  float step = 1.0f;
-  Rounded rounded = {0, 0};
-  if (codes.format == Format::kFloat32) {
-    for (int64_t w = 0; w < words; ++w) out[w * kStripRows] = as_bits(scratch.frame[w]);
-  } else if (codes.format == Format::kBFloat16) {
-    rounded.residual = round_to_bf16(scratch.frame, words, scratch.residual, scratch.words);
-  } else {
-    step = step_for(largest_element(scratch.frame, padded), norm, words);
-    rounded = round_to_int8(scratch.frame, words, step, 0, scratch.residual, scratch.integers, scratch.words);
+// A strip in the frame, an element of 16 rows side by side, and what is found of each row.
+struct Strip {
+  float* frame;  // (padded, 16)
+  float squares[kStripRows], largest[kStripRows], step[kStripRows], inverse[kStripRows];
+  float residual_squares[kStripRows];
+  int32_t total[kStripRows];
+};
+
+constexpr int kVectors = kStripRows / VecOf<float>::lanes;
+struct Lanes {
+  f32v v[kVectors];
+};
+
+PYGEN_INLINE Lanes lanes_at(const float* p) {
+  Lanes lanes;
+  for (int i = 0; i < kVectors; ++i) lanes.v[i] = load(p + i * VecOf<float>::lanes);
+  return lanes;
+}
+PYGEN_INLINE void put_lanes(float* p, const Lanes& lanes) {
+  for (int i = 0; i < kVectors; ++i) store(p + i * VecOf<float>::lanes, lanes.v[i]);
+}
+
+// Element d of 16 rows that lie `padded` apart.
+PYGEN_INLINE Lanes column(const float* rows, int64_t padded, int64_t d) {
+  Lanes lanes;
+#if PYGEN_VECTOR_BYTES == 64
+  const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                        _mm512_set1_epi32(static_cast<int>(padded)));
+  lanes.v[0] = (f32v)_mm512_i32gather_ps(at, rows + d, 4);
+#else
+  float of_rows[kStripRows];
+  for (int r = 0; r < kStripRows; ++r) of_rows[r] = rows[r * padded + d];
+  lanes = lanes_at(of_rows);
+#endif
+  return lanes;
+}
+
+void transpose_strip(const float* rows, int64_t padded, Strip* strip) {
+  Lanes squares = {}, largest = {};
+  for (int64_t d = 0; d < padded; ++d) {
+    const Lanes x = column(rows, padded, d);
+    put_lanes(strip->frame + d * kStripRows, x);
+    for (int i = 0; i < kVectors; ++i) {
+      squares.v[i] += x.v[i] * x.v[i];
+      const f32v magnitude = x.v[i] < 0.0f ? -x.v[i] : x.v[i];
+      largest.v[i] = at_least(magnitude, largest.v[i]);
+    }
   }
-  if (codes.format != Format::kFloat32)
-    for (int64_t w = 0; w < words; ++w) out[w * kStripRows] = scratch.words[w];
-  const float inverse = 1.0f / step;
-  const float residual = rounded.residual + float(4 * kUnit32) * norm + kTiny;
+  put_lanes(strip->squares, squares);
+  put_lanes(strip->largest, largest);
+}
+
+PYGEN_INLINE i32v rounded_bits(f32v x) {
+  const i32v bits = (i32v)x;
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+void strip_to_bf16(int64_t words, Strip* strip, int32_t* out) {
+  Lanes squares = {};
+  for (int64_t w = 0; w < words; ++w) {
+    const Lanes low = lanes_at(strip->frame + 2 * w * kStripRows);
+    const Lanes high = lanes_at(strip->frame + (2 * w + 1) * kStripRows);
+    for (int i = 0; i < kVectors; ++i) {
+      const i32v a = rounded_bits(low.v[i]) & static_cast<int32_t>(0xffff0000);
+      const i32v b = rounded_bits(high.v[i]) & static_cast<int32_t>(0xffff0000);
+      const f32v a_lost = low.v[i] - (f32v)a, b_lost = high.v[i] - (f32v)b;
+      squares.v[i] += a_lost * a_lost + b_lost * b_lost;
+      const i32v word = b | ((a >> 16) & 0xffff);
+      memcpy(out + w * kStripRows + i * VecOf<float>::lanes, &word, sizeof word);
+    }
+  }
+  put_lanes(strip->residual_squares, squares);
+}
+
+template <Format F>
+void strip_to_integers(int64_t words, Strip* strip, int32_t* out) {
+  using Layout = Integers<F>;
+  const Lanes step = lanes_at(strip->step), inverse = lanes_at(strip->inverse);
+  const f32v shift = splat(kIntegerOffset);
+  Lanes squares = {};
+  i32v total[kVectors] = {};
+  for (int64_t w = 0; w < words; ++w) {
+    for (int i = 0; i < kVectors; ++i) {
+      i32v word = {};
+      for (int b = 0; b < Layout::kCount; ++b) {
+        const f32v x = load(strip->frame + (Layout::kCount * w + b) * kStripRows + i * VecOf<float>::lanes);
+        const f32v shifted = x * inverse.v[i] + shift;  // rounds to the nearest integer
+        const f32v lost = x - step.v[i] * (shifted - shift);
+        const i32v value = (i32v)shifted - kIntegerOffsetBits;
+        squares.v[i] += lost * lost;
+        total[i] += value;
+        word |= (value & Layout::kMask) << Layout::kBits * b;
+      }
+      memcpy(out + w * kStripRows + i * VecOf<float>::lanes, &word, sizeof word);
+    }
+  }
+  put_lanes(strip->residual_squares, squares);
+  memcpy(strip->total, total, sizeof total);
+}
+
+// The rows' words and bounds, at row `first` of the chunk.
+void pack_strip(const PackedCodebook& codes, const PackedRows& rows, int64_t first, Strip* strip) {
+  const int64_t padded = padded_dim(codes), words = codes.words;
+  int32_t* out = rows.row_words + first * words;
+  const float norm_factor = 1 + float(2 * padded * kUnit32), longest = 1 / largest_length(padded);
+  float norm[kStripRows];
+  for (int r = 0; r < kStripRows; ++r) {
+    norm[r] = __builtin_sqrtf(strip->squares[r]) * norm_factor + kTiny;
+    strip->step[r] = 1;
+    strip->residual_squares[r] = 0;
+    strip->total[r] = 0;
+  }
+  const float by_element = codes.format == Format::kInt8 ? 1 / kLargestByte : 0;
+  if (is_integer(codes.format))
+    for (int r = 0; r < kStripRows; ++r)
+      strip->step[r] = greater(greater(strip->largest[r] * by_element, norm[r] * longest), kSmallestStep);
+  for (int r = 0; r < kStripRows; ++r) strip->inverse[r] = 1 / strip->step[r];
+  if (codes.format == Format::kFloat32) memcpy(out, strip->frame, words * kStripRows * sizeof(float));
+  if (codes.format == Format::kBFloat16) strip_to_bf16(words, strip, out);
+  if (codes.format == Format::kInt8) strip_to_integers<Format::kInt8>(words, strip, out);
+  if (codes.format == Format::kInt16) strip_to_integers<Format::kInt16>(words, strip, out);
   // What float64 itself loses where the code is finally chosen: relative to the squared distance, or to the products of
   // the vectors as given.
-  const double gamma = (codes.given.dim + 32) * 8 * kUnit64;
-  const double other = codes.metric == Metric::kEuclidean ? double(norm) : codes.largest;
-  rows.start[r] = kIntegerOffsetBits - kCodeOffset * rounded.total;
-  rows.inverse[r] = inverse;
-  rows.residual[r] = residual * inverse;
-  rows.length[r] = (norm + residual) * inverse;
-  rows.constant[r] = float(gamma * norm * other) * inverse;
+  const bool euclidean = codes.metric == Metric::kEuclidean;
+  const float gamma = float((codes.given.dim + 32) * 8 * kUnit64), largest_code = float(codes.largest) * 1.001f;
+  for (int r = 0; r < kStripRows; ++r) {
+    const float inverse = strip->inverse[r];
+    const float lost = __builtin_sqrtf(strip->residual_squares[r]) * norm_factor + kTiny;
+    const float residual = lost + float(4 * kUnit32) * norm[r] + kTiny;
+    rows.start[first + r] = kIntegerOffsetBits - (codes.format == Format::kInt8 ? kCodeOffset * strip->total[r] : 0);
+    rows.inverse[first + r] = inverse;
+    rows.residual[first + r] = residual * inverse;
+    rows.length[first + r] = (norm[r] + residual) * inverse;
+    rows.constant[first + r] = gamma * norm[r] * (euclidean ? norm[r] : largest_code) * inverse;
+  }
 }
 
-RowKind kind_of(const PackedCodebook& codes, const PackedRows& rows, int64_t row, const double* wide) {
-  if (!codes.any_usable || !all_finite(wide, codes.given.dim)) return RowKind::kNone;
-  if (rows.mask && !rows.mask[row]) return RowKind::kNone;
-  return codes.searchable ? RowKind::kSearched : RowKind::kBruteForce;
+// Row r of the chunk, in the frame; false where the proof does not hold.
+bool row_to_frame(const PackedCodebook& codes, const PackedRows& rows, int64_t r, float* frame) {
+  const int64_t dim = codes.given.dim, padded = padded_dim(codes);
+  widen_vector(rows.given, rows.first + r, rows.wide);
+  if (codes.metric == Metric::kEuclidean) {
+    to_frame(rows.wide, codes.scaling, codes.mean, dim, padded, frame);
+    return true;
+  }
+  // A row's own scale changes nothing but the euclidean distance.
+  const double largest = largest_magnitude(rows.wide, dim);
+  to_frame(rows.wide, largest > 0 ? power_of_two_for(largest) : 1.0, nullptr, dim, padded, frame);
+  return largest == 0 || (largest >= kLeastMagnitude && largest <= kGreatestMagnitude);
 }
 
-void clear_row(const PackedCodebook& codes, const PackedRows& rows, int64_t r) {
-  int32_t* out = rows.row_words + r / kStripRows * codes.words * kStripRows + r % kStripRows;
-  for (int64_t w = 0; w < codes.words; ++w) out[w * kStripRows] = 0;
-  rows.start[r] = kIntegerOffsetBits;
-  rows.inverse[r] = 1.0f;
-  rows.residual[r] = rows.length[r] = rows.constant[r] = 0.0f;
+// Of a row whose frame is not of finite, moderate numbers.
+RowKind unusual_kind(const PackedCodebook& codes, const PackedRows& rows, int64_t r) {
+  widen_vector(rows.given, rows.first + r, rows.wide);
+  return all_finite(rows.wide, codes.given.dim) ? RowKind::kBruteForce : RowKind::kNone;
 }
 
 }  // namespace
 
 void pack_rows(const PackedCodebook& codes, const PackedRows& rows, float* memory) {
-  const Scratch scratch(memory, codes.given.dim);
-  const int64_t dim = codes.given.dim, padded = padded_dim(codes);
-  for (int64_t r = 0; r < rows.strips * kStripRows; ++r) {
-    rows.kind[r] = RowKind::kNone;
-    if (r < rows.count) {
-      widen_vector(rows.given, rows.first + r, rows.wide);
-      rows.kind[r] = kind_of(codes, rows, rows.first + r, rows.wide);
+  const int64_t padded = padded_dim(codes);
+  Strip strip;
+  strip.frame = memory + kStripRows * padded;
+  for (int64_t first = 0; first < rows.strips * kStripRows; first += kStripRows) {
+    bool provable[kStripRows];
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      const int64_t row = rows.first + first + r;
+      const bool wanted = first + r < rows.count && codes.any_usable && !(rows.mask && !rows.mask[row]);
+      rows.kind[first + r] = wanted ? RowKind::kSearched : RowKind::kNone;
+      provable[r] = wanted && row_to_frame(codes, rows, first + r, memory + r * padded) && codes.searchable;
+      if (!wanted) memset(memory + r * padded, 0, padded * sizeof(float));
     }
-    if (rows.kind[r] == RowKind::kSearched) {
-      // A row's own scale changes nothing but for the euclidean distance, where it must be the codes'.
-      const bool own = codes.metric != Metric::kEuclidean;
-      const double largest = own ? largest_magnitude(rows.wide, dim) : 0.0;
-      const bool provable = largest == 0 || (largest >= kLeastMagnitude && largest <= kGreatestMagnitude);
-      const double factor = own ? (largest > 0 ? power_of_two_for(largest) : 1.0) : codes.scaling;
-      to_frame(rows.wide, factor, own ? nullptr : codes.mean, dim, padded, scratch.frame);
-      if (provable && largest_element(scratch.frame, padded) <= kGreatest) {
-        pack_row(codes, rows, r, scratch);
-        continue;
-      }
-      rows.kind[r] = RowKind::kBruteForce;
-    }
-    clear_row(codes, rows, r);
+    transpose_strip(memory, padded, &strip);
+    for (int64_t r = 0; r < kStripRows; ++r)
+      if (rows.kind[first + r] == RowKind::kSearched &&
+          !(provable[r] && strip.largest[r] <= kGreatest && strip.squares[r] <= kFiniteSquares))
+        rows.kind[first + r] = unusual_kind(codes, rows, first + r);
+    if (codes.searchable) pack_strip(codes, rows, first, &strip);
   }
 }
 

@@ -1,5 +1,6 @@
-// The search for the nearest code in 8-bit integers: AVX-512 VNNI multiplies 64 pairs of bytes and adds them in one
-// instruction, four times the rate of float32. Called by csrc/nearest_codebook.cpp.
+// The search for the nearest code in integers of 8 bits, and of 16 for short vectors: AVX-512 VNNI multiplies 64 pairs of
+// bytes, or 32 of 16 bits, and adds them in one instruction: four times, or twice, the rate of float32. Called by
+// csrc/nearest_codebook.cpp.
 #include "nearest_codebook_screen.h"
 
 PYGEN_BEGIN_LEVEL
@@ -10,8 +11,21 @@ constexpr int kTileCodes = 8;
 
 PYGEN_INLINE __m512i words_at(const int32_t* p) { return _mm512_loadu_si512(p); }
 
-// Sums begin at kIntegerOffset's bits less what the codes' offset of 128 adds, so that as a float a sum of fewer than 2^22
+struct Bytes {
+  static PYGEN_INLINE_MEMBER __m512i add(__m512i sum, __m512i code, __m512i row) {
+    return _mm512_dpbusd_epi32(sum, code, row);
+  }
+};
+
+struct Words16 {
+  static PYGEN_INLINE_MEMBER __m512i add(__m512i sum, __m512i code, __m512i row) {
+    return _mm512_dpwssd_epi32(sum, code, row);
+  }
+};
+
+// Sums begin at kIntegerOffset's bits (less what the offset of 128 adds that makes 8-bit codes unsigned), so that as a float a sum of fewer than 2^22
 // is kIntegerOffset plus itself: no conversion.
+template <class Products>
 struct Tile {
   static constexpr int kStrips = 3;
 
@@ -26,8 +40,8 @@ struct Tile {
       __m512i row[Strips];
       for (int s = 0; s < Strips; ++s) row[s] = words_at(x[s] + w * kStripRows);
       for (int j = 0; j < kTileCodes; ++j) {
-        const __m512i four = _mm512_set1_epi32(code[w * kBlockCodes + j]);
-        for (int s = 0; s < Strips; ++s) sum[j][s] = _mm512_dpbusd_epi32(sum[j][s], four, row[s]);
+        const __m512i word = _mm512_set1_epi32(code[w * kBlockCodes + j]);
+        for (int s = 0; s < Strips; ++s) sum[j][s] = Products::add(sum[j][s], word, row[s]);
       }
     }
     for (int j = 0; j < kTileCodes; ++j) {
@@ -58,9 +72,13 @@ struct Tile {
   }
 };
 
-void screen(const PackedCodebook& codes, const PackedRows& rows) { screen_groups<Tile>(codes, rows); }
+template <class Products>
+void screen(const PackedCodebook& codes, const PackedRows& rows) {
+  screen_groups<Tile<Products>>(codes, rows);
+}
 
 // Four chains: one alone would wait for each product.
+template <class Products>
 void revisit(const PackedCodebook& codes, const PackedRows& rows, int64_t row, int64_t group, float* scores) {
   const int32_t* x = strip_words(codes, rows, row / kStripRows) + row % kStripRows;
   const __m512 inverse = _mm512_set1_ps(rows.inverse[row]);
@@ -68,7 +86,7 @@ void revisit(const PackedCodebook& codes, const PackedRows& rows, int64_t row, i
     const int64_t block = group * codes.group_blocks + b;
     const int32_t* code = block_words(codes, block);
     const auto product = [&](__m512i sum, int64_t w) {
-      return _mm512_dpbusd_epi32(sum, words_at(code + w * kBlockCodes), _mm512_set1_epi32(x[w * kStripRows]));
+      return Products::add(sum, words_at(code + w * kBlockCodes), _mm512_set1_epi32(x[w * kStripRows]));
     };
     __m512i sum[4] = {_mm512_set1_epi32(rows.start[row]), _mm512_setzero_si512(), _mm512_setzero_si512(),
                       _mm512_setzero_si512()};
@@ -84,6 +102,7 @@ void revisit(const PackedCodebook& codes, const PackedRows& rows, int64_t row, i
 
 }  // namespace
 
-extern const ScreenKernels int8_search = {screen, revisit, kIntegerOffset};
+extern const ScreenKernels int8_search = {screen<Bytes>, revisit<Bytes>, kIntegerOffset};
+extern const ScreenKernels int16_search = {screen<Words16>, revisit<Words16>, kIntegerOffset};
 
 PYGEN_END_LEVEL
