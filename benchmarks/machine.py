@@ -60,6 +60,16 @@ def _capability() -> str | None:
     return None if _native.C is None else _native.C.cpu_capability()
 
 
+def place(device: torch.device) -> str:
+    """What targets tell machines apart by: the level of the CPU kernels ("reference" without any), or "cuda"."""
+    return _capability() or "reference" if device.type == "cpu" else device.type
+
+
+def has_matrix_unit(device: torch.device) -> bool:
+    """Whether products of bfloat16 have hardware of their own: tensor cores, or AMX that the kernels can use."""
+    return device.type == "cuda" or (_native.C is not None and "amx" in _native.C.cpu_capabilities())
+
+
 def _busy_seconds() -> float:
     """Processor seconds that all processes together have used since boot, from Linux."""
     user, nice, system, _, _, irq, softirq, steal = map(

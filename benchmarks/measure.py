@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -195,6 +196,14 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     What a kernel takes from elsewhere (malloc, another library's pool) is not seen by torch's allocators.
     """
     return _peak_bytes_cuda(call, device) if device.type == "cuda" else _peak_bytes_cpu(call)
+
+
+def process_bytes(field: str) -> int:
+    """Bytes of a line of /proc/self/status. Unlike getrusage's, VmHWM does not begin with the parent's peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def copy_call(size: int, device: torch.device) -> tuple[Call, int]:

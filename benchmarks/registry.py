@@ -17,6 +17,7 @@ from pygen.benchmarks.measure import peak_bytes
 OURS = "pygen"
 EAGER = "eager"
 COMPILED = "compiled"
+BEST = "the best peer"  # of a target: whoever turns out to be the fastest
 
 # Largest error allowed, relative to the largest value of that output in float64: some units in the last place of the
 # type, grown by the sums that the ops contain.
@@ -109,10 +110,14 @@ def max_error(outputs: Outputs, expected: Outputs) -> float:
 
 @dataclass(frozen=True)
 class Floor:
-    """The work that no implementation can avoid. Its time is that of a copy, or a matrix product, of this size."""
+    """The work that no implementation can avoid. Its time is that of a copy, or a matrix product, of this size.
+
+    With `any_precision` the product is one of bfloat16 where the device has a unit for that.
+    """
 
     bytes: int = 0
     flops: int = 0
+    any_precision: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     of: str = "time"  # or "memory": the peak that one call allocates; or "events": those of a second
+    # Where it holds: levels of the CPU kernels, kinds of devices (see machine.place); everywhere when empty.
+    on: tuple[str, ...] = ()
 
     def __post_init__(self):
         if (self.at_least is None) == (self.at_most is None):
@@ -137,6 +144,9 @@ class Target:
             raise ValueError(f"Target: at_most of time or memory, or at_least of time, got {self.of!r} of {self.peer}")
 
     def sentence(self) -> str:
+        return self._bound() + (f" ({', '.join(self.on)})" if self.on else "")
+
+    def _bound(self) -> str:
         if self.of == "events":
             return f">= {(self.at_least or 0) / 1e6:g} M events/s"
         if self.peer is None:
@@ -177,6 +187,7 @@ class Case:
         baseline: whose time the bars of the picture are measured against.
         long: a call takes a good part of a second or more: checking it has warmed it up, and three rounds do.
         weigh: measures the peak memory of a call; None where that is of no interest.
+        figures: of the inputs, by name, what else there is to know of our implementation.
     """
 
     op: str
@@ -198,12 +209,13 @@ class Case:
     baseline: str = EAGER
     long: bool = False
     weigh: Callable[[Call, torch.device], int] | None = peak_bytes
+    figures: Callable[[Inputs], Mapping[str, float]] | None = None
 
     def __post_init__(self):
         if OURS not in self.implementations:
             raise ValueError(f'{self.label}: implementations must have "{OURS}", got {", ".join(self.implementations)}')
         for target in self.targets:
-            if target.peer is not None and target.peer not in {*self.implementations, *self.yardsticks}:
+            if target.peer not in {None, BEST, *self.implementations, *self.yardsticks}:
                 raise ValueError(f"{self.label}: a target names {target.peer}, which the case does not measure")
 
     @property

@@ -6,7 +6,7 @@
      "skipped": [{"op": ..., "name": ..., "reason": ...}],
      "cases": [{"op": ..., "name": ..., "shape": [...], "dtype": ..., "backward": ..., "unit": ..., "baseline": ...,
        "implementations": {"pygen": {"status": "ok", "max_error": ..., "peak_bytes": ...,
-                                     "units_per_call": ..., "events_per_unit": ...,
+                                     "units_per_call": ..., "events_per_unit": ..., "figures": {...},
                                      "seconds": {"median", "min", "q1", "q3", "rounds", "calls_per_round"}},
                            "eager": {"status": "wrong", "reason": "wrong: max error ..."}, ...},
        "yardsticks": {"clone": ...},
@@ -16,8 +16,8 @@
        "targets": [{"sentence": ..., "peer": ..., "speedup": ..., "met": true, false, or null: not measured}]}]}
 
 `status` is "ok", "wrong" (not timed), "failed" or "missing" (with a reason). Seconds are those of a unit: a call, or
-what `unit` says, of which a call does `units_per_call`. Files from before there were simulations lack what only these
-have: skipped, unit, baseline, units_per_call, events_per_unit.
+what `unit` says, of which a call does `units_per_call`. `figures` are other numbers of ours, by name. Files from before
+there were simulations lack what only these have: skipped, unit, baseline, units_per_call, events_per_unit.
 """
 
 from __future__ import annotations

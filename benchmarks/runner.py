@@ -9,7 +9,7 @@ import torch
 
 from pygen.benchmarks import machine
 from pygen.benchmarks.measure import Call, Timing, clock, copy_call, gemm_call, measure
-from pygen.benchmarks.registry import EAGER, OURS, Case, Floor, Inputs, Target, Unavailable
+from pygen.benchmarks.registry import BEST, EAGER, OURS, Case, Floor, Inputs, Target, Unavailable
 from pygen.benchmarks.results import SCHEMA
 
 SEED = 0
@@ -65,7 +65,8 @@ def _floor_calls(case: Case, device: torch.device) -> dict[str, tuple[Call, int]
     if floor.bytes:
         calls[COPY] = copy_call(floor.bytes, device)
     if floor.flops:
-        calls[GEMM] = gemm_call(floor.flops, case.dtype, device)
+        low = floor.any_precision and machine.has_matrix_unit(device)
+        calls[GEMM] = gemm_call(floor.flops, torch.bfloat16 if low else case.dtype, device)
     return calls
 
 
@@ -97,7 +98,7 @@ def _target_record(target: Target, ours: float | None, peer: float | None, ours_
     }
 
 
-def _summarize(case: Case, record: Record) -> None:
+def _summarize(case: Case, record: Record, place: str) -> None:
     """Add the ratios and the verdict that follow from the timings."""
     everyone = {**record["implementations"], **record["yardsticks"]}
     median = {name: entry["seconds"]["median"] for name, entry in everyone.items() if "seconds" in entry}
@@ -112,9 +113,15 @@ def _summarize(case: Case, record: Record) -> None:
     peak = {name: entry["peak_bytes"] for name, entry in everyone.items() if "peak_bytes" in entry}
     # The mean number of events is a property of the process, and so the same for everyone who simulates it.
     events = everyone[OURS].get("events_per_unit")
-    measured = {"time": median, "memory": peak, "events": {name: events / median[name] for name in median if events}}
+    rates = {name: events / median[name] for name in median if events}
+    # Without the peers, nobody knows who is the best of them.
+    everyone_took_part = set(record["implementations"]) == set(case.implementations)
+    times = median | {BEST: peers[best]} if best and everyone_took_part else median
+    measured = {"time": times, "memory": peak, "events": rates}
     record["targets"] = [
-        _target_record(t, measured[t.of].get(OURS), measured[t.of].get(t.peer or ""), right) for t in case.targets
+        _target_record(t, measured[t.of].get(OURS), measured[t.of].get(t.peer or ""), right)
+        for t in case.targets
+        if not t.on or place in t.on
     ]
 
 
@@ -156,6 +163,8 @@ def run_case(
         if call is not None:
             calls[name] = call
     del expected
+    if case.figures is not None and OURS in calls:
+        record["implementations"][OURS]["figures"] = dict(case.figures(inputs))
     for name, factory in case.yardsticks.items():
         record["yardsticks"][name] = {"status": "ok"}
         calls[name] = factory(inputs)
@@ -178,7 +187,7 @@ def run_case(
         if case.weigh is not None:
             entry["peak_bytes"] = case.weigh(call, device)
     record["floor"] = _floor_record(case.floor, floor_calls, timings)
-    _summarize(case, record)
+    _summarize(case, record, machine.place(device))
     return record
 
 

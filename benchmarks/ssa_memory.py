@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from pygen.benchmarks.cases.ssa import MILLION_END, POINTS, reduced
+from pygen.benchmarks.measure import process_bytes
 from pygen.ssa.examples import immigration_death
 
 WARM_UP_TRAJECTORIES = 64
-
-
-def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status. Unlike getrusage's, VmHWM does not begin with the parent's peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def main(trajectories: int) -> None:
@@ -30,9 +22,9 @@ def main(trajectories: int) -> None:
     net = immigration_death()
     grid = torch.linspace(0, MILLION_END, POINTS, dtype=torch.float64)
     reduced(net, grid, WARM_UP_TRAJECTORIES)
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     reduced(net, grid, trajectories)
-    peak = _status("VmHWM")
+    peak = process_bytes("VmHWM")
     print(json.dumps({"before": before, "peak": peak, "growth": peak - before}))
 
 

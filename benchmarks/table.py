@@ -45,7 +45,9 @@ def _cell(case: dict[str, Any], name: str) -> str:
     if entry["status"] != "ok":
         return entry["status"]
     rate = events_per_second(case) if name == OURS else None
-    return time_text(median(case, name)) + (f" ({rate / 1e6:.3g} M events/s)" if rate else "")
+    more = [f"{rate / 1e6:.3g} M events/s"] if rate else []
+    more += [f"{value:.3g} {what}" for what, value in entry.get("figures", {}).items()]
+    return time_text(median(case, name)) + (f" ({', '.join(more)})" if more else "")
 
 
 def _best_other(case: dict[str, Any]) -> str:

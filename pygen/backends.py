@@ -13,6 +13,8 @@ from pygen.ops import _operator
 
 CAPABILITY_VARIABLE = "PYGEN_CPU_CAPABILITY"
 SIMULATION = "ssa.simulate"
+# The levels above AVX-512 exist for the search for the nearest code.
+SEARCHES, SEARCH_LEVELS = ("nearest_codebook",), ("avx512_vnni", "amx")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Service:
 
 
 class cpu_capability:
-    """The instruction-set level of the CPU kernels: "default", "avx2" or "avx512".
+    """The instruction-set level of the CPU kernels: "default", "avx2", "avx512", "avx512_vnni" or "amx".
+
+    The last two differ from "avx512" in `ops.nearest_codebook` alone, which they let search in integers (`avx512_vnni`)
+    and bfloat16 tiles (`amx`).
 
     Without an argument, the current level's name is its string. With one, the level is set; as a context manager, until
     the block ends. The best level of the machine is taken at import unless the environment's PYGEN_CPU_CAPABILITY names
@@ -116,9 +121,15 @@ def _gpu_service(op: str) -> Service:
     return Service(op, "cuda", "Triton", "")
 
 
+def _levels_of(op: str) -> list[str]:
+    """The levels for which an op has kernels of its own, slowest first."""
+    return [level for level in cpu_capabilities() if op in SEARCHES or level not in SEARCH_LEVELS]
+
+
 def _cpu_service(op: str) -> Service:
-    level = str(cpu_capability())
-    best = cpu_capabilities()[-1]
+    levels = _levels_of(op)
+    best, level = levels[-1], str(cpu_capability())
+    level = level if level in levels else best
     lowered = f"{best} is available: unset {CAPABILITY_VARIABLE} or call cpu_capability" if level != best else ""
     return Service(op, "cpu", f"C++ {level}", lowered)
 
@@ -180,9 +191,9 @@ def report() -> str:
         f"GPU        {gpu}",
         *_build_lines(),
         "",
-        f"{'op':<27}{'device':<8}{'kernel':<13}why not a faster one",
+        f"{'op':<27}{'device':<8}{'kernel':<17}why not a faster one",
     ]
-    lines += [f"{s.op:<27}{s.device:<8}{s.kernel:<13}{s.why or '-'}" for s in services()]
+    lines += [f"{s.op:<27}{s.device:<8}{s.kernel:<17}{s.why or '-'}" for s in services()]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import available_backends, running_on
+from harness import available_backends, running_on, search_backends
 
 
 @pytest.fixture(params=available_backends())
@@ -22,6 +22,18 @@ def backend(request):
 @pytest.fixture
 def backend_device(backend):
     with running_on(backend) as device:
+        yield device
+
+
+@pytest.fixture(params=search_backends())
+def search_backend(request):
+    """As `backend`, with the levels that only the search of codebooks has kernels for."""
+    return request.param
+
+
+@pytest.fixture
+def search_device(search_backend):
+    with running_on(search_backend) as device:
         yield device
 
 

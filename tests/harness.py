@@ -8,13 +8,27 @@ import torch
 from pygen import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Levels above these have kernels of their own for the search of codebooks alone; all other ops run "avx512" there.
+ORDINARY_LEVELS = ("default", "avx2", "avx512")
 
 
-def available_backends() -> list[str]:
+def search_backends() -> list[str]:
+    """All kernels: those that the search of codebooks tells apart."""
     if INTERPRETED:
         return ["triton"]
     levels = [f"cpu-{level}" for level in backends.cpu_capabilities()]
     return ["reference", *levels, *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def ordinary_levels() -> list[str]:
+    """The levels of the CPU kernels that an ordinary op tells apart."""
+    return [level for level in backends.cpu_capabilities() if level in ORDINARY_LEVELS]
+
+
+def available_backends() -> list[str]:
+    """The kernels that an ordinary op tells apart."""
+    levels = [f"cpu-{level}" for level in ordinary_levels()]
+    return [name for name in search_backends() if name in levels or not name.startswith("cpu-")]
 
 
 @contextlib.contextmanager

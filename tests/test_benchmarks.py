@@ -12,8 +12,9 @@ import torch
 
 from pygen import models, ops, ssa
 from pygen.benchmarks import machine, measure, memory, registry, results, runner, simulators, table
+from pygen.benchmarks.cases import kmeans, nearest_codebook, vector_quantize
 from pygen.benchmarks.cases import ssa as ssa_cases
-from pygen.benchmarks.registry import Case, Floor, Inputs, Target, Unavailable, as_tuple, call, max_error
+from pygen.benchmarks.registry import BEST, Case, Floor, Inputs, Target, Unavailable, as_tuple, call, max_error
 
 pytest.importorskip("typer")
 typer_testing = pytest.importorskip("typer.testing")
@@ -45,6 +46,8 @@ SPECIFIED = [
     ("glow", "step 64x24x8x8 but for the conditioner forward+backward", "eager", 3, None),
     ("glow", "step 64x48x4x4 but for the conditioner forward+backward", "eager", 3, None),
     ("glow", "training step depth 32 32x12x16x16 reversible", "storing", None, 1.4),
+    ("vector_quantize", "training step 8192x1024x64", "vector-quantize-pytorch", 10, None),
+    ("vector_quantize", "training step 16384x8192x256", "vector-quantize-pytorch", 30, None),
     ("ssa", "immigration-death to t = 100", "gillespy2", 20, None),
     ("ssa", "dimer-decay to t = 30", "gillespy2", 25, None),
     ("ssa", "Vilar oscillator to t = 200", "gillespy2", 25, None),
@@ -60,7 +63,20 @@ SPECIFIED_SIMULATIONS = [
     ("immigration-death to t = 0.1, 10^6 trajectories reduced", "memory", None, 200e6),
     ("immigration-death to t = 10, 10^6 trajectories reduced", "events", 1e10, None),
 ]
+# Of the search for the nearest code, what holds where: (case, at least so many times as fast as the best peer, on).
+SPECIFIED_SEARCHES = [
+    ("65536x512x64", 5, ("amx",)),
+    ("16384x8192x256", 10, ("amx",)),
+    ("65536x1024x8", 1.5, ("amx",)),
+    ("16384x65536x32", 4, ("amx",)),
+    *(
+        (name, 1.5, ("avx2", "avx512", "avx512_vnni"))
+        for name in ("65536x512x64", "16384x8192x256", "65536x1024x8", "16384x65536x32")
+    ),
+]
 OPS = [case for case in registry.cases() if case.op != "ssa"]
+# What is measured that is neither an op nor a model, and has no eager form: the peers are libraries.
+OTHERS = {"vector_quantize", "kmeans"}
 SIMULATIONS = {case.name: case for case in registry.cases() if case.op == "ssa"}
 # A deep model's training step takes seconds.
 SMALL_CASES = [case for case in OPS if torch.Size(case.shape).numel() <= 1 << 18 and "depth" not in case.name]
@@ -132,6 +148,24 @@ def test_the_reversible_glow_has_its_bound_on_memory():
     assert Target("storing", at_most=1 / 8, of="memory") in case.targets
 
 
+def search_case(name):
+    (case,) = [case for case in OPS if (case.op, case.name) == ("nearest_codebook", name)]
+    return case
+
+
+@pytest.mark.parametrize(("name", "at_least", "on"), SPECIFIED_SEARCHES)
+def test_every_search_is_measured_against_the_best_of_its_peers(name, at_least, on):
+    case = search_case(name)
+    assert Target(BEST, at_least, on=on) in case.targets
+    assert Target("compiled", 3, on=("cuda",)) in case.targets
+    peers = {"eager", "compiled", "cdist", "faiss", "vector-quantize-pytorch"}
+    assert peers < set(case.implementations) and {"SGEMM", "bf16 GEMM"} == set(case.yardsticks)
+
+
+def test_the_search_of_a_million_rows_has_its_bound_on_memory():
+    assert Target(None, at_most=1.5e9, of="memory") in search_case("1048576x16384x64 memory").targets
+
+
 @pytest.mark.parametrize(("name", "of", "at_least", "at_most"), SPECIFIED_SIMULATIONS)
 def test_every_specified_bound_of_a_simulation_is_measured(name, of, at_least, at_most):
     assert Target(None, at_least, at_most, of) in SIMULATIONS[name].targets
@@ -139,9 +173,9 @@ def test_every_specified_bound_of_a_simulation_is_measured(name, of, at_least, a
 
 def test_every_case_measures_a_public_op_or_model_beside_eager_and_compiled():
     for case in OPS:
-        assert hasattr(ops, case.op) or case.op in models.MODELS, case.label
-        if case.name.endswith("reversible"):
-            continue  # the question there is what inverting costs beside storing
+        assert hasattr(ops, case.op) or case.op in models.MODELS or case.op in OTHERS, case.label
+        if case.name.endswith(("reversible", "memory")) or case.op in OTHERS:
+            continue  # the question there is what inverting costs beside storing, or what a library takes
         assert {"pygen", "eager", "compiled"} <= set(case.implementations), case.label
         assert case.overhead or case.floor.bytes or case.floor.flops, case.label
 
@@ -195,6 +229,46 @@ def test_a_target_without_a_peer_is_a_number():
         Target("peer", 1e6, of="events")
     with pytest.raises(ValueError, match="at_most of time or memory"):
         Target(None, 2.0)
+
+
+def test_a_target_may_hold_on_some_machines_only(monkeypatch):
+    fast, slow = Target("eager", 1e9, on=("amx",)), Target("eager", 1e-9, on=("avx2", "default"))
+    assert fast.sentence() == ">= 1e+09x as fast as eager (amx)"
+    for place, expected in (("amx", [False]), ("avx2", [True]), ("avx512", [])):
+        monkeypatch.setattr(machine, "place", lambda device, place=place: place)
+        assert [target["met"] for target in run_one(a_case(targets=(fast, slow)))["targets"]] == expected
+
+
+def test_places_are_the_levels_of_the_kernels_and_kinds_of_devices():
+    assert machine.place(CPU) == str(machine.facts(CPU)["cpu_capability"] or "reference")
+    assert machine.place(torch.device("cuda", 1)) == "cuda" and machine.has_matrix_unit(torch.device("cuda"))
+
+
+def test_the_best_peer_is_whoever_is_the_fastest_and_nobody_knows_without_the_peers():
+    def sleeping(seconds):
+        return call(lambda x: (time.sleep(seconds), x * x)[1])
+
+    peers = {"pygen": sleeping(4e-3), "eager": sleeping(16e-3), "fast": call(square)}
+    case = a_case(implementations=peers, targets=(Target(BEST, 2),))
+    (target,) = run_one(case)["targets"]
+    assert target["met"] is False and target["speedup"] < 1 and target["peer"] == BEST
+    assert run_one(case, peers=False)["targets"][0]["met"] is None
+
+
+def test_figures_of_ours_are_written_down_and_shown():
+    case = a_case(figures=lambda inputs: {"elements": float(inputs.tensors[0].numel())})
+    found = json.loads(json.dumps(runner.run([case], seconds=QUICK)))
+    assert found["cases"][0]["implementations"]["pygen"]["figures"] == {"elements": 8.0}
+    assert "(8 elements)" in table.markdown(found).splitlines()[2]
+
+
+@pytest.mark.parametrize(("unit", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_floor_of_any_precision_is_that_of_the_matrix_unit_where_there_is_one(unit, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "has_matrix_unit", lambda device: unit)
+    monkeypatch.setattr(runner, "gemm_call", lambda flops, dtype, device: (asked.append(dtype) or time.time, flops))
+    run_one(a_case(floor=Floor(flops=1 << 20, any_precision=True)))
+    assert asked == [dtype]
 
 
 # Checking
@@ -756,6 +830,103 @@ def test_memory_of_a_reduced_run_is_measured_in_its_own_process(monkeypatch):
     monkeypatch.setattr(ssa_cases, "MILLION", 2000)
     growth = ssa_cases._peak_growth(lambda: None, CPU)
     assert 0 <= growth < 200e6
+
+
+# Codebooks
+
+
+@pytest.fixture(scope="module")
+def nearest():
+    """A small search: its inputs, and what its results are checked against, on all of its rows."""
+    case = nearest_codebook._search(50, 20, 7, with_amx=1)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    return case, inputs, case.reference(inputs.double())()
+
+
+def test_an_exact_search_may_not_differ_in_any_index_and_a_peer_by_what_float32_rounds(nearest):
+    _, inputs, expected = nearest
+    x, codebook = inputs.tensors
+    right = torch.cdist(x.double(), codebook.double()).argmin(1)
+    assert nearest_codebook.farther(nearest_codebook.Exact(right), expected) == 0
+    assert nearest_codebook.farther(right, expected) == 0
+    other = right.clone()
+    other[17] = (right[17] + 1) % 20
+    assert nearest_codebook.farther(nearest_codebook.Exact(other), expected) == float("inf")
+    assert nearest_codebook.farther(other, expected) > 1e-2
+    copied = expected.codebook.clone()
+    copied[other[17]] = copied[right[17]] * (1 + 1e-8)  # as near, for a float32 search
+    near = nearest_codebook.Nearest(expected.x, expected.rows, copied, right)
+    assert abs(nearest_codebook.farther(other, near)) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [lambda i: i[:-1], lambda i: i + 20, lambda i: i - 20, lambda i: i[:, None]])
+def test_indices_of_another_shape_or_of_no_code_are_infinitely_wrong(wrong, nearest):
+    _, _, expected = nearest
+    assert nearest_codebook.farther(wrong(expected.indices), expected) == float("inf")
+
+
+def test_every_way_to_search_finds_the_nearest_codes_in_blocks_as_well(nearest, monkeypatch):
+    case, inputs, expected = nearest
+    monkeypatch.setattr(nearest_codebook, "MATRIX_ELEMENTS", 20 * 13)  # the last block is shorter
+    for name in ("pygen", "eager", "cdist", "faiss", "vector-quantize-pytorch"):
+        try:
+            found = case.implementations[name](inputs)()
+        except ImportError:
+            continue
+        assert case.error(found, expected) <= case.allowed_error, name
+    for factory in case.yardsticks.values():
+        factory(inputs)()
+
+
+def test_a_search_says_how_many_codes_were_in_doubt(nearest):
+    case, inputs, _ = nearest
+    figures = case.figures(inputs)
+    assert 1 <= figures["candidates a row"] <= 20 and 0 <= figures["rechecked"] <= 1
+
+
+def test_large_searches_are_checked_on_rows_from_end_to_end(monkeypatch):
+    monkeypatch.setattr(nearest_codebook, "CHECKED_ELEMENTS", 40 * 20 * 7)
+    case = nearest_codebook._search(1000, 20, 7, with_amx=1)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    assert case.reference(inputs.double())().rows.tolist() == list(range(0, 1000, 25))
+
+
+def test_all_statistics_agree():
+    case = nearest_codebook._statistics(60, 9, 5)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    expected = case.reference(inputs.double())()
+    for name in ("pygen", "eager", "one-hot"):
+        assert case.error(case.implementations[name](inputs)(), expected) <= case.allowed_error
+
+
+def test_both_quantisers_take_the_step_that_the_formulas_say():
+    pytest.importorskip("pygen.nn.vector_quantize")
+    case = vector_quantize._training_step(60, 16, 6, at_least=1)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    expected = case.reference(inputs.double())()
+    for name, factory in case.implementations.items():
+        try:
+            outputs = factory(inputs)()
+        except ImportError:
+            continue
+        assert case.error(outputs, expected) <= case.allowed_error, name
+        for i in range(3):  # codes, loss, gradient: each of them is looked at
+            spoilt = [output.clone() for output in outputs]
+            spoilt[i] = spoilt[i] + 0.01 * spoilt[i].abs().max()
+            assert case.error(tuple(spoilt), expected) > case.allowed_error
+
+
+def test_all_kmeans_end_with_the_same_inertia_and_one_iteration_less_shows():
+    pytest.importorskip("pygen.cluster")
+    case = kmeans._kmeans(400, 8, 5, iterations=4)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    expected = case.reference(inputs.double())()
+    for name, factory in case.implementations.items():
+        try:
+            assert case.error(factory(inputs)(), expected) <= case.allowed_error, name
+        except ImportError:
+            continue
+    assert case.error(kmeans.plain_lloyd(*inputs.tensors, 3), expected) > case.allowed_error
 
 
 # Memory against depth

@@ -59,6 +59,8 @@ def _backward(ctx, grad, _indices, _candidates):
     if grad is None or not ctx.return_distance:
         return (None,) * 6
     x, codebook, indices = ctx.saved_tensors
+    # Torch's sums depend on strides, and results must not.
+    x, codebook = x.contiguous(), codebook.contiguous()
     heads, codes = codebook.shape[:2]
     dtype = _distance_dtype(x)
     chosen = indices >= 0

@@ -6,12 +6,12 @@ import mpmath
 import pytest
 import torch
 
-from harness import INTERPRETED
+from harness import INTERPRETED, ordinary_levels
 from ops.cases import true_scale
 from pygen import backends, ops, reference
 
 MAPS = reference.SCALE_MAPS
-LEVELS = backends.cpu_capabilities()
+LEVELS = ordinary_levels()
 on_each_level = pytest.mark.parametrize("level", LEVELS)
 every_map = pytest.mark.parametrize("scale_map", MAPS)
 

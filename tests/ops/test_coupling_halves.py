@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from harness import INTERPRETED
+from harness import INTERPRETED, ordinary_levels
 from ops.cases import coupling_oracle
 from pygen import backends, ops, reference
 
-LEVELS = backends.cpu_capabilities()
+LEVELS = ordinary_levels()
 on_each_level = pytest.mark.parametrize("level", LEVELS)
 every_map = pytest.mark.parametrize("scale_map", reference.SCALE_MAPS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from harness import INTERPRETED
+from harness import INTERPRETED, ordinary_levels
 from pygen import backends, ops
 
-LEVELS = backends.cpu_capabilities()
+LEVELS = ordinary_levels()
 on_each_level = pytest.mark.parametrize("level", LEVELS)
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU kernels; Triton's own tests are in tests/triton_kernels")

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import INTERPRETED
+from harness import INTERPRETED, ordinary_levels
 from pygen import _native, backends, ops
 
 pytestmark = pytest.mark.skipif(_native.C is None or INTERPRETED, reason="the road is part of the compiled CPU kernels")
@@ -59,7 +59,7 @@ class Subclass(torch.Tensor):
 
 @typed
 @either_end
-@pytest.mark.parametrize("level", backends.cpu_capabilities())
+@pytest.mark.parametrize("level", ordinary_levels())
 @pytest.mark.parametrize("shape", [(1,), (4, 4), (3, 17), (2, 3, 65), (4096,)], ids=str)
 def test_a_small_tensor_takes_it_and_gets_the_dispatchers_bits(shape, level, dtype, complement):
     x = numbers(*shape, dtype=dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ssa.bit_cases import CASES, UNEVEN, N, assert_same, joined, times_of_third_jumps, values
 
+from harness import ordinary_levels
 from pygen import backends, ssa
 from pygen.ssa import engine, examples
 
@@ -34,7 +35,7 @@ def test_the_cases_end_as_they_are_meant_to_and_in_many_ways(case, base):
 
 @every_case
 def test_bits_do_not_depend_on_level_method_and_threads(case, base):
-    for level in backends.cpu_capabilities():
+    for level in ordinary_levels():
         with backends.cpu_capability(level):
             for method in ("direct", "lane"):
                 for threads in (1, 2, 3):
@@ -45,7 +46,7 @@ def test_bits_do_not_depend_on_level_method_and_threads(case, base):
 def test_bits_of_times_do_not_depend_on_level_and_method():
     truth = times_of_third_jumps()
     assert truth.isfinite().all() and truth.unique().numel() == truth.numel()
-    for level in backends.cpu_capabilities():
+    for level in ordinary_levels():
         with backends.cpu_capability(level):
             for method in ("direct", "lane"):
                 assert torch.equal(times_of_third_jumps(method=method), truth), f"at level {level}, method {method}"

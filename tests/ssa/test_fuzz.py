@@ -12,6 +12,7 @@ import torch
 from ssa.bit_cases import CASES
 from ssa.random_networks import Case, random_case
 
+from harness import ordinary_levels
 from pygen import backends, ssa
 from pygen.ssa import Event, Network, Reaction, engine, examples
 from pygen.ssa.program import OPS
@@ -67,7 +68,7 @@ def compare(case):
     """Every method and level against the reference; returns the reference's trajectory."""
     truth = reference(case)
     runs = [ensemble(case, "lane")]
-    for level in backends.cpu_capabilities():
+    for level in ordinary_levels():
         with backends.cpu_capability(level):
             runs.append(ensemble(case, "direct"))
     for run in runs:
