@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ console = Console()
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 INTERPOLATION_STEPS = 10
+_PICTURE_SECONDS = 30.0  # between two drawings of the pictures of a training
 
 
 @app.callback()
@@ -126,27 +129,57 @@ def train(
         dataset = datasets.load(data, levels=levels, size=size)
         settings = training.TrainConfig(**({"epochs": None if minutes else 100} | given))
         torch.manual_seed(settings.seed)
-        arguments = {"shape": dataset.shape, "levels": dataset.levels, **_model_options(options or [])}
+        arguments = models.MODELS[model].arguments_for(dataset) | _model_options(options or [])
         network, run = models.create(model, arguments), out or Path("runs") / f"{model}-{dataset.name}"
-    result = training.train(network, dataset, settings, run, resume=resume is not None)
+    draw = _pictures_now_and_then(run, dataset)
+    result = training.train(network, dataset, settings, run, resume=resume is not None, on_validation=draw)
     if _is_main_process():
         _report(network, dataset, result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _report(model: torch.nn.Module, dataset: datasets.Dataset, result: Any) -> None:
+def _pictures(run: Path, model: models.Model, dataset: datasets.Dataset) -> list[Path]:
+    """Write what the model says shows what it learned, of test data, into the run's folder."""
+    if not model.pictures:
+        return []
+    from pygen import _plots
+    from pygen.training import checkpoint, metrics
+
+    return _plots.save_pictures(run, model, dataset.test, metrics.read(run / checkpoint.METRICS))
+
+
+def _pictures_now_and_then(run: Path, dataset: datasets.Dataset) -> Callable[[models.Model], None]:
+    """Draws them after the first validation, and then at most every half minute: they take a second."""
+    due = 0.0
+
+    def draw(model: models.Model) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            _pictures(run, model, dataset)
+            due = time.monotonic() + _PICTURE_SECONDS
+
+    return draw
+
+
+def _report(model: models.Model, dataset: datasets.Dataset, result: Any) -> None:
     from pygen import training
 
-    unit = getattr(model, "loss_unit", "loss")
+    pictures = _pictures(result.run_dir, model, dataset)
     if result.interrupted:
         console.print(f"interrupted after {result.steps} steps; continue with: pygen train --resume {result.run_dir}")
         return
     test = training.evaluate(model, dataset.test)
+    measured = "".join(
+        f", {name.replace('_', ' ')} {value:.4g}" for name, value in training.measure(model, dataset.test).items()
+    )
+    files = ["best.safetensors", "last.safetensors", "metrics.csv", *(path.name for path in pictures)]
+    can_sample = hasattr(model, "sample")
+    following = f"{result.run_dir}, and with --interpolate 8" if can_sample else f"{result.run_dir} --reconstruct 64"
     console.print(
         f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; validation {result.best_valid:.4f}, "
-        f"test {test:.4f} {unit}\n{result.run_dir}: best.safetensors, last.safetensors, metrics.csv\n"
-        f"next: pygen sample {result.run_dir}, and with --interpolate 8",
+        f"test {test:.4f} {model.loss_unit}{measured}\n{result.run_dir}: {', '.join(files)}\n"
+        f"next: pygen sample {following}",
         highlight=False,
         soft_wrap=True,
     )
@@ -159,27 +192,42 @@ def sample(
     interpolate: Annotated[
         int | None, typer.Option(help="Instead: so many rows, each from one test sample to another.", min=1)
     ] = None,
+    reconstruct: Annotated[
+        int | None, typer.Option(help="Instead: what a VQ-VAE makes of so many test samples.", min=1)
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write a picture. [default: RUN/samples.png, RUN/interpolations.png]")
+        Path | None,
+        typer.Option(help="Write a picture. [default: samples.png, interpolations.png or reconstructions.png in RUN]"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write them as an array (.npz).")] = None,
     temperature: Annotated[float, typer.Option(help="Below 1: closer to the mode.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Draw samples from a trained model, or interpolate between samples of its data."""
+    """Draw samples from a trained model, interpolate between samples of its data, or reconstruct some."""
     from pygen import training
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
+    if interpolate is not None and reconstruct is not None:
+        raise ValueError("--interpolate and --reconstruct exclude each other; give one of them")
     model: Any = training.load_model(run, device=device)
     folder = run.parent if run.suffix == ".safetensors" else run
-    if interpolate is None:
+    test = torch.empty(0)
+    if reconstruct is not None:
+        _check_can(model, "reconstruct")
+        what, name = f"{reconstruct} reconstructions", "reconstructions"
+        test = _test_samples(folder, reconstruct, f"--reconstruct {reconstruct}", "reconstruct", seed)
+        x = model.reconstruct(test.to(device))
+    elif interpolate is not None:
+        _check_can(model, "interpolate")
+        what, name = f"{interpolate} interpolations", "interpolations"
+        test = _test_samples(folder, 2 * interpolate, f"--interpolate {interpolate}", "interpolate between", seed)
+        x = model.interpolate(*test.to(device).chunk(2), INTERPOLATION_STEPS)
+    else:
+        _check_can(model, "sample")
         what, name = f"{n} samples", "samples"
         x = model.sample(n, temperature=temperature, generator=torch.Generator(device).manual_seed(seed))
-    else:
-        what, name = f"{interpolate} interpolations", "interpolations"
-        x = model.interpolate(*(ends.to(device) for ends in _pairs(folder, interpolate, seed)), INTERPOLATION_STEPS)
     x = x.cpu()
     written = []
     if out is not None:
@@ -189,19 +237,33 @@ def sample(
         from pygen import _plots
 
         plot = plot or folder / f"{name}.png"
-        save = _plots.save_samples if interpolate is None else _plots.save_interpolations
-        save(plot, x, model.levels)
+        if reconstruct is not None:
+            _plots.save_reconstructions(plot, test, x, model.levels)
+        else:
+            save = _plots.save_samples if interpolate is None else _plots.save_interpolations
+            save(plot, x, model.levels)
         written.append(str(plot))
     console.print(f"{what}: {', '.join(written)}", highlight=False, soft_wrap=True)
 
 
-def _pairs(run: Path, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n pairs of different test samples of the data that a run was trained on, (n, *shape) each."""
-    test = _saved_data(_saved_run(run, "no data to interpolate between")).test
-    if len(test) < 2 * n:
-        raise ValueError(f"--interpolate {n} needs {2 * n} test samples, the data has {len(test)}")
-    first, second = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[: 2 * n].view(2, n)
-    return test[first], test[second]
+_CANNOT = {
+    "sample": "has no prior over its codes to draw from; --reconstruct 64 shows what it makes of test samples",
+    "interpolate": "has codes with nothing in between; --reconstruct 64 shows what it makes of test samples",
+    "reconstruct": "gives its data back exactly; --reconstruct is for models that do not",
+}
+
+
+def _check_can(model: models.Model, what: str) -> None:
+    if not hasattr(model, what):
+        raise ValueError(f"a {model.name} {_CANNOT[what]}")
+
+
+def _test_samples(run: Path, n: int, option: str, purpose: str, seed: int) -> torch.Tensor:
+    """n different test samples of the data that a run was trained on, (n, *shape); `option` is what asks for them."""
+    test = _saved_data(_saved_run(run, f"no data to {purpose}")).test
+    if len(test) < n:
+        raise ValueError(f"{option} needs {n} test samples, the data has {len(test)}")
+    return test[torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
 def _write_array(path: Path, name: str, x: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The pictures that the `pygen` command writes: grids of samples and bars of times. Needs matplotlib."""
+"""The pictures that the `pygen` command writes: grids of images, codebook usage, bars of times. Needs matplotlib."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 INK, OURS, OTHER = "#22303c", "#0b7a75", "#b8c1c9"
 _GAP = 1  # pixels between the images of a grid
+_PAIR_GAP = 5
+_PAIR_COLUMNS, _PAIRS = 16, 64  # of reconstructions
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -41,6 +44,16 @@ def grid(x: Tensor, levels: int, columns: int | None = None) -> np.ndarray:
         top, left = (i // columns) * (height + _GAP) + _GAP, (i % columns) * (width + _GAP) + _GAP
         picture[top : top + height, left : left + width] = image
     return picture
+
+
+def pairs_grid(x: Tensor, below: Tensor, levels: int, columns: int) -> np.ndarray:
+    """Rows of x, each above its row of `below`, as one picture like `grid`'s; pairs of rows are further apart."""
+    strips = []
+    for above, under in zip(x.split(columns), below.split(columns), strict=True):
+        blank = above.new_full((columns - len(above), *above.shape[1:]), levels - 1)
+        strips.append(grid(torch.cat((above, blank, under, blank)), levels, columns))
+        strips.append(np.ones((_PAIR_GAP, *strips[-1].shape[1:]), np.float32))
+    return np.concatenate(strips[:-1])
 
 
 def _is_picture(shape: Sequence[int], levels: int | None) -> bool:
@@ -108,6 +121,104 @@ def save_interpolations(path: Path, x: Tensor, levels: int | None) -> None:
         for line in x.numpy():
             axis.plot(*line.T, marker=".", color=OURS)
     _save(figure, path)
+
+
+def save_reconstructions(path: Path, x: Tensor, reconstructions: Tensor, levels: int | None) -> None:
+    """Write rows of samples, each above the row of its reconstructions.
+
+    Args:
+        path: file; its folder is created.
+        x, reconstructions: (N, C, H, W) integers with 1 or 3 channels.
+        levels: how many values an element has.
+
+    Raises:
+        ValueError: samples of a shape that has no picture.
+    """
+    if not _is_picture(x.shape[1:], levels):
+        raise ValueError(f"samples of shape {tuple(x.shape[1:])} have no reconstruction picture")
+    assert levels is not None
+    picture = pairs_grid(x, reconstructions, levels, min(len(x), _PAIR_COLUMNS))
+    figure, axes = _figure(9.0, 0.3 + 9.0 * picture.shape[0] / picture.shape[1])
+    axes[0, 0].set_title("above: test data; below: what the codes keep of it", color=INK)
+    _show(axes[0, 0], picture)
+    _save(figure, path)
+
+
+def save_codebook(path: Path, counts: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    """Write how the codes are used: their frequencies, most frequent first, and perplexity over the training.
+
+    Args:
+        path: file; its folder is created.
+        counts: (Q, K), how often each code of Q codebooks occurs.
+        history: rows of metrics.csv.
+    """
+    codes = counts.size(1)
+    figure, axes = _figure(9.6, 3.4, 2)
+    frequencies, training = axes[0]
+    for i, row in enumerate(counts / counts.sum(1, keepdim=True).clamp_min(1)):
+        label = None if len(counts) == 1 else f"quantizer {i + 1}"
+        frequencies.plot(
+            range(1, codes + 1), row.sort(descending=True).values, color=_shade(i, len(counts)), label=label
+        )
+    frequencies.axhline(1 / codes, color=OTHER, linestyle="--", linewidth=1, label="all codes alike")
+    frequencies.set_title(f"how often each of {codes} codes is used", color=INK)
+    frequencies.set_xlabel("code, most frequent first")
+    frequencies.set_ylabel("share of all positions")
+    rows = [row for row in history if math.isfinite(row["perplexity"])]
+    steps = [row["step"] for row in rows]
+    for name, colour in (("active_codes", OTHER), ("perplexity", OURS)):
+        values = [row[name] for row in rows]
+        training.plot(steps, values, color=colour, marker="." if len(rows) < 10 else "", label=name.replace("_", " "))
+    training.set_title("codes in use during the training", color=INK)
+    training.set_xlabel("step")
+    for axis in axes[0]:
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _shade(i: int, n: int) -> tuple[float, ...]:
+    """Our colour for the first of n, lighter for those that follow."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - (1 - part) * (1 - 0.8 * i / n) for part in to_rgb(OURS))
+
+
+def _draw_reconstructions(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    if len(model.shape) == 3 and model.shape[0] in (1, 3) and model.levels is not None:  # others have no picture
+        x = x[:_PAIRS]
+        device = next(model.parameters()).device
+        save_reconstructions(path, x, model.reconstruct(x.to(device)).cpu(), model.levels)
+
+
+def _draw_codebook(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    from pygen.training.evaluate import summed_statistics
+
+    counts = summed_statistics(model, x, device=next(model.parameters()).device)
+    save_codebook(path, counts.cpu().view(-1, model.codebook_size), history)
+
+
+# What the names in `Model.pictures` stand for.
+_DRAW = {"reconstructions": _draw_reconstructions, "codebook": _draw_codebook}
+
+
+def save_pictures(folder: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> list[Path]:
+    """Write the pictures that a model says show what it learned.
+
+    Args:
+        folder: of the run; each is NAME.png in it.
+        model: in eval mode.
+        x: (N, *shape), data that it was not trained on.
+        history: rows of metrics.csv.
+
+    Returns:
+        The files.
+    """
+    paths = {name: folder / f"{name}.png" for name in model.pictures}
+    for name, path in paths.items():
+        _DRAW[name](path, model, x, history)
+    return [path for path in paths.values() if path.exists()]
 
 
 def save_times(path: Path, groups: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,7 +160,76 @@ def test_interpolation_without_data_is_a_sentence(trained, tmp_path, run_here):
     assert code == 2 and "no data to interpolate between: " in err and "config.json is missing" in err
 
 
+TINY_VQVAE = ("--set", "num_hiddens=8", "--set", "codebook_size=16", "--batch-size", 64, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trained_vqvae(tmp_path_factory):
+    """A run of two epochs that the tests below read and do not change."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(w) for w in ("train", "vqvae", "--data", "digits", "--out", folder, "--epochs", 2, *TINY_VQVAE)])
+    assert not done.value.code
+    return folder
+
+
+@pytest.mark.parametrize("source", ("digits", "omniglot", "photographs"))
+def test_vqvae_trains_on_every_kind_of_images_and_draws_what_it_learned(source, tmp_path, run_here, request):
+    path = source if source == "digits" else request.getfixturevalue(source)
+    run = tmp_path / "run"
+    words = ("train", "vqvae", "--data", path, "--size", 8, "--out", run, "--epochs", 1, *TINY_VQVAE)
+    code, out, err = run_here(*words)
+    assert code == 0, err
+    found = re.search(r"test ([0-9.]+) of the data's variance, perplexity ([0-9.]+), active codes ([0-9.]+)", out)
+    assert found and float(found[1]) < 2 and 1 <= float(found[2]) <= float(found[3]) <= 16
+    assert "reconstructions.png" in out and "--reconstruct 64" in out
+    assert all((run / name).stat().st_size > 1000 for name in ("reconstructions.png", "codebook.png"))
+    header, row = (run / "metrics.csv").read_text().splitlines()
+    assert header.endswith("perplexity,active_codes") and len(row.split(",")) == len(header.split(","))
+
+
+def test_vqvae_resumes_and_draws_again(trained_vqvae, tmp_path, run_here):
+    run = tmp_path / "run"
+    shutil.copytree(trained_vqvae, run)
+    (run / "codebook.png").unlink()
+    code, out, err = run_here("train", "--resume", run, "--epochs", 3)
+    assert code == 0 and "3 epochs" in out, err
+    assert (run / "codebook.png").exists() and len((run / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_reconstruct_writes_test_samples_above_what_the_codes_keep(trained_vqvae, tmp_path, run_here):
+    words = ("sample", trained_vqvae, "--reconstruct", 5, "--plot", tmp_path / "r.png", "--out", tmp_path / "r.npz")
+    code, out, err = run_here(*words)
+    assert code == 0 and "5 reconstructions" in out, err
+    from pygen import data, training
+
+    again = torch.from_numpy(np.load(tmp_path / "r.npz")["reconstructions"])
+    model, test = training.load_model(trained_vqvae), data.load("digits").test
+    possible = model.reconstruct(test)
+    assert again.shape == (5, 1, 8, 8)
+    assert all((image == possible).flatten(1).all(1).any() for image in again)
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_what_a_model_cannot_do_is_a_sentence(trained, trained_vqvae, run_here):
+    code, _, err = run_here("sample", trained_vqvae)
+    assert code == 2 and "a vqvae has no prior over its codes to draw from; --reconstruct 64 shows" in err
+    code, _, err = run_here("sample", trained_vqvae, "--interpolate", 2)
+    assert code == 2 and "a vqvae has codes with nothing in between" in err
+    code, _, err = run_here("sample", trained, "--reconstruct", 2)
+    assert code == 2 and "a realnvp gives its data back exactly" in err
+    code, _, err = run_here("sample", trained_vqvae, "--reconstruct", 301)
+    assert code == 2 and "--reconstruct 301 needs 301 test samples, the data has 300" in err
+    code, _, err = run_here("sample", trained, "--reconstruct", 2, "--interpolate", 2)
+    assert code == 2 and "exclude each other" in err
+
+
 MISTAKES = {
+    "vqvae on vectors": (("train", "vqvae", "--data", "{tmp}/vectors.npz"), "VQVAE: shape must be an image's, (H, W)"),
+    "unknown quantizer": (
+        ("train", "vqvae", "--set", "quantizer=lookup"),
+        "quantizer must be one of ema, gradient, residual, got 'lookup'",
+    ),
     "unknown model": (("train", "glowing"), "unknown model 'glowing'; there is: "),
     "no model": (("train",), "which model? pygen train MODEL, one of: "),
     "unknown data": (("train", "realnvp", "--data", "digitz"), "no data set or file 'digitz'; there is: digits"),
@@ -304,6 +374,18 @@ def test_grid_puts_every_image_in_its_place():
     for i in range(5):
         top, left = (i // 2) * 4 + 1, (i % 2) * 5 + 1
         assert np.allclose(picture[top : top + 3, left : left + 4, 0] * 4, x[i, 0])
+
+
+def test_every_reconstruction_is_below_its_sample():
+    x, below = torch.zeros(5, 1, 3, 4, dtype=torch.int64), torch.full((5, 1, 3, 4), 2)
+    picture = _plots.pairs_grid(x, below, levels=5, columns=3)
+    pair = 2 * 4 + 1  # the height of a row of samples and a row of reconstructions
+    assert picture.shape == (2 * pair + 5, 3 * 5 + 1, 1)
+    for top, images in ((0, 3), (pair + 5, 2)):
+        for i in range(images):
+            assert (picture[top + 1 : top + 4, i * 5 + 1 : i * 5 + 5] == 0).all()
+            assert (picture[top + 5 : top + 8, i * 5 + 1 : i * 5 + 5] == 0.5).all()
+    assert (picture[pair : pair + 5] == 1).all()
 
 
 def test_what_has_no_picture_says_so(tmp_path):

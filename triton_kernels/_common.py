@@ -22,6 +22,8 @@ ENOUGH_PROGRAMS = 4 if interpreted else 512
 MAX_THREADS = 512
 # Threads of a warp; `aot` sets it to that of the chip it compiles for.
 warp_size = 64 if torch.version.hip else 32
+# Bytes of shared memory that one program may have where the device does not say; `aot` sets it likewise.
+shared_limit = 64 * 1024
 
 
 class Launch(NamedTuple):
@@ -37,11 +39,30 @@ class Launch(NamedTuple):
 recorder: list[Launch] | None = None
 
 
-def launch(kernel: Any, programs: int, like: Tensor, args: tuple, constants: dict[str, Any], num_warps: int) -> None:
-    """Run `kernel` on `programs` programs, on the device of `like` and on that device's current stream."""
+def shared_memory(like: Tensor) -> int:
+    """Bytes of shared memory that one program may have on the device of `like`."""
+    if not like.is_cuda:
+        return shared_limit
+    properties = torch.cuda.get_device_properties(like.device)
+    return getattr(properties, "shared_memory_per_block_optin", shared_limit)
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    like: Tensor,
+    args: tuple,
+    constants: dict[str, Any],
+    num_warps: int,
+    **more: Any,
+) -> None:
+    """Run `kernel` on `programs` programs, on the device of `like` and on that device's current stream.
+
+    `more`: compiler options other than the usual ones.
+    """
     # Contracting a * b + c rounds once instead of twice and is twice as fast. Stated here because Triton's default
     # changes with 3.10. The two-sums in `_math.py` have no product that it could touch.
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, **more}
     if recorder is not None:
         recorder.append(Launch(kernel, args, constants, options))
         return

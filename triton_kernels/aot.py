@@ -36,7 +36,9 @@ from pygen.triton_kernels.affine_coupling import (
     affine_coupling_halves,
     affine_coupling_halves_backward,
 )
+from pygen.triton_kernels.codebook_statistics import codebook_statistics
 from pygen.triton_kernels.cumax import cumax, cumax_backward
+from pygen.triton_kernels.nearest_codebook import nearest_codebook
 from pygen.triton_kernels.rational_quadratic_spline import rational_quadratic_spline, rational_quadratic_spline_backward
 
 KIB = 1024
@@ -56,6 +58,7 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.bool: "i1",
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -184,12 +187,37 @@ def _spline_cases() -> Iterator[Case]:
     yield "forward huge", partial(rational_quadratic_spline, *huge, False, "linear", 3.0, 1e-3, 1e-3, 1e-3)
 
 
+def _nearest_codebook_cases() -> Iterator[Case]:
+    """The shapes of usual codebooks: a row in one product or in many steps, a tile of codes in a group or many, each
+    metric; the float64 of every dtype."""
+    single, double, bf16, fp16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for k, d, x_dtype, dtype, metric in (
+        (512, 64, bf16, bf16, "euclidean"),
+        (8192, 256, single, single, "euclidean"),
+        (1024, 8, single, single, "cosine"),
+        (65536, 32, bf16, single, "dot"),
+        (1000, 1000, double, fp16, "cosine"),
+    ):
+        x, codebook = _meta(1, 300, d, dtype=x_dtype), _meta(1, k, d, dtype=dtype)
+        mask = _meta(1, 300, dtype=torch.bool) if d == 1000 else None
+        label = f"{metric} K={k} D={d} {TRITON_TYPES[x_dtype]} in {TRITON_TYPES[dtype]}"
+        yield label, partial(nearest_codebook, x, codebook, metric, mask, True, True)
+
+
+def _codebook_statistics_cases() -> Iterator[Case]:
+    for dtype, d in ((torch.float32, 256), (torch.bfloat16, 64), (torch.float64, 8)):
+        x, indices = _meta(4096, d, dtype=dtype), _meta(4096, dtype=torch.int64)
+        yield f"K=512 D={d} {TRITON_TYPES[dtype]}", partial(codebook_statistics, x, indices, 512, None)
+
+
 # Op -> its cases: (name, a call of its launcher on meta tensors).
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cumax": _cumax_cases,
     "affine_coupling": _affine_coupling_cases,
     "affine_coupling_halves": _affine_coupling_halves_cases,
     "rational_quadratic_spline": _spline_cases,
+    "nearest_codebook": _nearest_codebook_cases,
+    "codebook_statistics": _codebook_statistics_cases,
 }
 
 
@@ -278,7 +306,7 @@ def _amd_usage(kernel: Any) -> tuple[int, int]:
 def measure(op: str, case: str, target: str) -> list[Usage]:
     """Compile one case for one chip."""
     gpu, limit = TARGETS[target]
-    _common.warp_size = gpu.warp_size
+    _common.warp_size, _common.shared_limit = gpu.warp_size, limit
     call = dict(KERNELS[op]())[case]
     result = []
     for launch in recorded(call):

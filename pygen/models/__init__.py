@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from pygen.models.flow import Flow
 from pygen.models.glow import Glow
+from pygen.models.model import Model
 from pygen.models.nice import NICE
 from pygen.models.nsf import NSF
 from pygen.models.preprocess import Logit, Scale, dequantize
 from pygen.models.realnvp import RealNVP
+from pygen.models.vqvae import VQVAE
 
-MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF)}
+MODELS: dict[str, type[Model]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF, VQVAE)}
 
 
 def check_name(name: str) -> None:
@@ -21,7 +21,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown model {name!r}; there is: {', '.join(sorted(MODELS))}")
 
 
-def create(name: str, config: Mapping[str, Any]) -> nn.Module:
+def create(name: str, config: Mapping[str, Any]) -> Model:
     """Build a model from its registered name and the arguments of its class.
 
     Args:
@@ -48,9 +48,11 @@ __all__ = [
     "MODELS",
     "NICE",
     "NSF",
+    "VQVAE",
     "Flow",
     "Glow",
     "Logit",
+    "Model",
     "RealNVP",
     "Scale",
     "check_name",

@@ -1,26 +1,21 @@
 """What every flow model shares: density, sampling, interpolation, bits per dimension around one `nn.Transform`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pygen.models.base import base_density, standard_normal_log_prob
+from pygen.models.model import Model, arguments
 from pygen.models.preprocess import Logit, Scale, dequantize
 from pygen.nn.transform import Transform
 
 __all__ = ["Flow", "arguments", "standard_normal_log_prob"]
 
 
-def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """`locals()` at the start of a model's `__init__` as its `config`: the arguments, tuples as lists for JSON."""
-    own = {name: value for name, value in local.items() if name not in ("self", "__class__")}
-    return {name: list(value) if isinstance(value, tuple | list) else value for name, value in own.items()}
-
-
-class Flow(nn.Module):
+class Flow(Model):
     r"""A density by change of variables: :math:`\log p(x) = \log p_0(f(x)) + \log |\det \partial f / \partial x|`.
 
     A model is a subclass that builds its layers and passes them on, together with the arguments it was built from.

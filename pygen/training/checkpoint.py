@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pygen.models.model import Model
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -85,7 +87,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_model(run: str | Path, *, which: str = "best", device: str | torch.device = "cpu") -> nn.Module:
+def load_model(run: str | Path, *, which: str = "best", device: str | torch.device = "cpu") -> Model:
     """The model of a run, built from its saved config, with its weights, in eval mode.
 
     Args:

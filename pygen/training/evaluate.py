@@ -1,24 +1,32 @@
-"""The loss of a model on data it does not train on, the same at every call: its noise is seeded."""
+"""The loss and the metrics of a model on data it does not train on, the same at every call: its noise is seeded."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pygen.models.model import Model
 
 _BATCH = 256
 
 
 @torch.no_grad()
-def summed_loss(model: nn.Module, x: Tensor, *, draws: int, device: torch.device | str) -> float:
+def summed_loss(model: Model, x: Tensor, *, draws: int, device: torch.device | str) -> float:
     """Sum over the samples of `model.loss`, averaged over draws of its noise (torch's global generator)."""
     total = 0.0
     for part in x.split(_BATCH):
         part = part.to(device)
         for _ in range(draws):
-            total += model.loss(part).item() * len(part) / draws  # type: ignore[operator]
+            total += model.loss(part).item() * len(part) / draws
     return total
 
 
-def evaluate(model: nn.Module, x: Tensor, *, draws: int = 10, seed: int = 0) -> float:
-    """Mean of `model.loss` over x (for flows: bits per dimension), averaged over draws of the dequantisation noise.
+@torch.no_grad()
+def summed_statistics(model: Model, x: Tensor, *, device: torch.device | str) -> Tensor:
+    """Sum of `model.statistics` over the samples, float64, on `device`."""
+    return torch.stack([model.statistics(part.to(device)) for part in x.split(_BATCH)]).sum(0)
+
+
+def evaluate(model: Model, x: Tensor, *, draws: int = 10, seed: int = 0) -> float:
+    """Mean of `model.loss` over x, in its `loss_unit`, averaged over draws of its noise (dequantisation, for flows).
 
     Args:
         model: in eval mode; x is brought to its device.
@@ -36,11 +44,35 @@ def evaluate(model: nn.Module, x: Tensor, *, draws: int = 10, seed: int = 0) -> 
         >>> 0 < training.evaluate(model, digits.test) < 10
         True
     """
-    if len(x) == 0:
-        raise ValueError("evaluate: x is empty")
-    if model.training:
-        raise ValueError("evaluate: the model is in training mode; call model.eval() first")
-    device = next(model.parameters()).device
+    device = _check("evaluate", model, x)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         return summed_loss(model, x, draws=draws, device=device) / len(x)
+
+
+def measure(model: Model, x: Tensor) -> dict[str, float]:
+    """What the model reports beside its loss, over x: `model.metrics`; nothing for flows.
+
+    Args:
+        model: in eval mode; x is brought to its device.
+        x: (N, *shape), N > 0.
+
+    Raises:
+        ValueError: x is empty, or the model is in training mode.
+
+    Example:
+        >>> from pygen import data, models, training
+        >>> digits = data.load("digits")
+        >>> model = models.VQVAE(digits.shape, levels=17, num_hiddens=8).eval()
+        >>> list(training.measure(model, digits.test))
+        ['perplexity', 'active_codes']
+    """
+    return model.metrics(summed_statistics(model, x, device=_check("measure", model, x)))
+
+
+def _check(name: str, model: Model, x: Tensor) -> torch.device:
+    if len(x) == 0:
+        raise ValueError(f"{name}: x is empty")
+    if model.training:
+        raise ValueError(f"{name}: the model is in training mode; call model.eval() first")
+    return next(model.parameters()).device

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pygen.data import Dataset
+from pygen.models.model import Model
+from pygen.nn._codebook_sync import packed_codebook_updates
 from pygen.training import checkpoint, metrics
 from pygen.training.config import Result, TrainConfig, TrainingDiverged
-from pygen.training.evaluate import summed_loss
-from pygen.training.progress import progress_bar
+from pygen.training.evaluate import summed_loss, summed_statistics
+from pygen.training.progress import Bar, progress_bar
 
 try:
     from accelerate import Accelerator
@@ -28,6 +30,7 @@ except ImportError as error:
     raise ImportError("pygen.training needs accelerate and safetensors: pip install 'pygen[train]'") from error
 
 Callback = Callable[[Mapping[str, float]], None]
+OnValidation = Callable[[Model], None]
 
 _VALIDATION_SEED = 0x5EED  # the noise of validation is always the same, so that two epochs compare
 _SEED_STRIDE = 1_000_003  # a prime above any number of processes: (seed, step, rank) give different streams
@@ -37,22 +40,25 @@ _EMA_WARMUP = 10  # the average starts as a plain mean, decay (1 + n) / (10 + n)
 class _Objective(nn.Module):
     """`model.loss` as a forward pass, for wrappers (DDP, autocast) that hook into forward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.loss(x)  # type: ignore[operator]
+        # Whatever codebooks a model has, they learn from all processes' data by one all-reduce.
+        with packed_codebook_updates(self.model):
+            return self.model.loss(x)
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     data: Dataset,
     config: TrainConfig | None = None,
     run_dir: str | Path = "runs/run",
     *,
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
+    on_validation: OnValidation | None = None,
 ) -> Result:
     """Train a model by AdamW with warm-up, cosine decay, gradient clipping and averaged weights.
 
@@ -65,12 +71,15 @@ def train(
     mode.
 
     Args:
-        model: has `loss(x) -> scalar`, and `name` and `config` that `models.create` rebuilds it from.
+        model: a `models.model.Model`: its `loss` is minimised, its `metrics` are logged, and `models.create` rebuilds
+            it from `name` and `config`.
         data: what to train and validate on.
         config: settings.
         run_dir: created when missing.
         resume: continue the run in run_dir; `epochs` and `max_minutes` are totals, so larger ones prolong it.
         callbacks: called with every row of metrics, by the main process.
+        on_validation: called with the averaged model after every validation and its row of metrics, by the main
+            process; the model is to be left as it is.
 
     Returns:
         A `Result`; after Ctrl-C too, with `interrupted`, and a checkpoint written.
@@ -92,13 +101,13 @@ def train(
     else:
         run.begin()
     with progress_bar(run.config.progress and run.is_main) as bar, _interrupt_flag() as interrupted:
-        return run.loop(list(callbacks), bar, interrupted)
+        return run.loop(list(callbacks), on_validation, bar, interrupted)
 
 
 class _Run:
     """The state of one call of `train`."""
 
-    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig, run_dir: Path) -> None:
+    def __init__(self, model: Model, data: Dataset, config: TrainConfig, run_dir: Path) -> None:
         self.config, self.data, self.dir, self.model = config, data, run_dir, model
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
@@ -111,10 +120,15 @@ class _Run:
             model.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        if self.world > 1:
+            # DDP has made the buffers of all processes equal, and they change alike: codebooks by their own all-reduce.
+            # Sending them again in every step would cost as much as the gradients, and hide those that do not.
+            self.objective.broadcast_buffers = False
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.step = self.epoch = self.batch = 0  # `batch` is the position in the epoch
         self.seconds, self.loss_sum = 0.0, 0.0
         self.best = math.inf
+        self.metrics: dict[str, float] = {}  # of the last validation
         per_process = len(data.train) // self.world
         if per_process == 0:
             raise ValueError(f"{len(data.train)} training samples are too few for {self.world} processes")
@@ -133,7 +147,7 @@ class _Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             content = {**self._identity(), "data": self.data.source or self.data.name, "train": asdict(self.config)}
             checkpoint.write_atomically(self.dir / checkpoint.CONFIG, json.dumps(content, indent=2).encode())
-            metrics.start(self.dir / checkpoint.METRICS)
+            metrics.start(self.dir / checkpoint.METRICS, self.model.metric_names)
 
     def restore(self) -> None:
         """Continue where last.safetensors stopped."""
@@ -154,14 +168,16 @@ class _Run:
             self.batch = 0  # other batches than before: begin this epoch again
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            metrics.truncate(self.dir / checkpoint.METRICS, self.step)
+            metrics.truncate(self.dir / checkpoint.METRICS, self.step, self.model.metric_names)
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.model.name, "config": self.model.config}
 
     # The loop
 
-    def loop(self, callbacks: list[Callback], bar: Any, interrupted: threading.Event) -> Result:
+    def loop(
+        self, callbacks: list[Callback], on_validation: OnValidation | None, bar: Bar, interrupted: threading.Event
+    ) -> Result:
         began, first_step, before = time.monotonic(), self.step, self.seconds
         stopped, rate = False, 0.0
         while not (stopped or self._finished()):
@@ -169,13 +185,13 @@ class _Run:
                 self._train_step(x)
                 self.seconds = before + time.monotonic() - began
                 rate = (self.step - first_step) * self.batch_size * self.world / (self.seconds - before)
-                bar.update(self._progress(), self.loss_sum / self.batch, self.best, rate)
+                bar.update(self._progress(), self.loss_sum / self.batch, self.best, rate, self.metrics)
                 stopped, self.seconds = self._agree(interrupted.is_set())
                 if stopped or self._out_of_time():
                     break
                 self._checkpoint_if_due()
             else:
-                self._end_epoch(callbacks, rate)
+                self._end_epoch(callbacks, on_validation, rate)
         if self.best == math.inf and self.step:
             self._validate()  # stopped within the first epoch: there is a best all the same
         self._save_last()
@@ -254,28 +270,34 @@ class _Run:
 
     # Validation and files
 
-    def _end_epoch(self, callbacks: list[Callback], rate: float) -> None:
+    def _end_epoch(self, callbacks: list[Callback], on_validation: OnValidation | None, rate: float) -> None:
         loss = self._mean(self.loss_sum / self.batches)
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
-        valid = self._validate() if self.epoch % self.config.validate_epochs == 0 or self._finished() else math.nan
-        if self.is_main:
-            row = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "loss": loss, "valid": valid,
-                   "learning_rate": self._learning_rate(), "samples_per_second": rate}  # fmt: skip
-            metrics.append(self.dir / checkpoint.METRICS, row)
-            for callback in callbacks:
-                callback(row)
+        due = self.epoch % self.config.validate_epochs == 0 or self._finished()
+        valid = self._validate() if due else math.nan
+        if not self.is_main:
+            return
+        row = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "loss": loss, "valid": valid,
+               "learning_rate": self._learning_rate(), "samples_per_second": rate}  # fmt: skip
+        row |= self.metrics if due else dict.fromkeys(self.model.metric_names, math.nan)
+        metrics.append(self.dir / checkpoint.METRICS, row)
+        for callback in callbacks:
+            callback(row)
+        if due and on_validation is not None:
+            on_validation(self.ema)
 
     def _validate(self) -> float:
-        """The averaged weights' loss on this process's share of the validation data, and all processes' mean of it."""
+        """The averaged weights' loss and metrics on the validation data, of which each process measures a share."""
         torch.manual_seed(_VALIDATION_SEED + self.rank)
         share = self.data.valid[self.rank :: self.world]
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.accelerator.autocast():
-            total[0] = summed_loss(self.ema, share, draws=self.config.validation_draws, device=self.device)
-        total[1] = len(share)
+            loss = summed_loss(self.ema, share, draws=self.config.validation_draws, device=self.device)
+            statistics = summed_statistics(self.ema, share, device=self.device)
+        total = torch.cat((statistics.new_tensor([loss, len(share)]), statistics))
         if self.world > 1:
             torch.distributed.all_reduce(total)
         valid = (total[0] / total[1]).item()
+        self.metrics = self.ema.metrics(total[2:])
         if valid < self.best or (self.best == math.inf and not math.isfinite(valid)):
             self.best = valid
             if self.is_main:
