@@ -1,0 +1,60 @@
+"""What training and the command line ask of every model, with answers that suit most. flow.py and vqvae.py fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pygen.data import Dataset
+
+
+def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """`locals()` at the start of a model's `__init__` as its `config`: the arguments, tuples as lists for JSON."""
+    own = {name: value for name, value in local.items() if name not in ("self", "__class__")}
+    return {name: list(value) if isinstance(value, tuple | list) else value for name, value in own.items()}
+
+
+class Model(nn.Module):
+    """A model that `pygen.training` trains and the command `pygen` knows.
+
+    A subclass defines `loss`. What it has to say beside the loss, it says in two steps, so that every process of a
+    training measures its share of the data: `statistics` are added up over batches and processes, `metrics` are
+    computed from the sums.
+
+    Attributes:
+        name: what the command line calls it.
+        loss_unit: what to print after a loss.
+        metric_names: the keys of `metrics`, in the order of their columns in metrics.csv.
+        pictures: the pictures of pygen/_plots.py that show what it learned; drawn while it trains.
+        config: the arguments that rebuild it, of JSON types; saved with every checkpoint.
+        shape, levels: of the data, as in `pygen.data.Dataset`.
+    """
+
+    name = "model"
+    loss_unit = "loss"
+    metric_names: Sequence[str] = ()
+    pictures: Sequence[str] = ()
+    config: dict[str, Any]
+    shape: tuple[int, ...]
+    levels: int | None
+
+    @classmethod
+    def arguments_for(cls, data: Dataset) -> dict[str, Any]:
+        """The arguments that the data decide."""
+        return {"shape": data.shape, "levels": data.levels}
+
+    def loss(self, x: Tensor) -> Tensor:
+        """What training minimises, a scalar: the mean over x (B, *shape). In eval mode: what validation compares."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(x)")
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """What `metrics` needs to know of x (B, *shape), as numbers that add up: float64, (S,)."""
+        return x.new_zeros(0, dtype=torch.float64)
+
+    def metrics(self, statistics: Tensor) -> dict[str, float]:
+        """Numbers to log beside the loss, from the sum of `statistics` over all data."""
+        return {}
