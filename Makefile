@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 # Two threads: the tests ask for one and two, and torch processes beside each other slow one another down.
 JOBS   ?= 2
 
-.PHONY: help demo test test-fast lint bench docs test-gpu bench-gpu test-triton test-aot test-old-cpu check-aarch64 test-sanitize format clean
+.PHONY: help demo test test-fast lint bench docs test-gpu bench-gpu test-triton test-aot test-old-cpu test-amx check-aarch64 test-sanitize format clean
 
 help:
 	@echo "make demo           train a flow on real digits, compare it with baselines, draw the pictures"
@@ -75,6 +75,11 @@ bench-gpu:
 # Nehalem is a 64-bit CPU of 2008: SSE4.2, no AVX.
 test-old-cpu: $(VENV)/installed
 	qemu-x86_64 -cpu Nehalem $(RUN)/python tests/old_cpu.py
+
+# On a CPU with AMX the tests run that level anyway, and nothing is emulated.
+test-amx: $(VENV)/installed
+	$(BIN)/python -c 'import sys; from pathlib import Path; sys.path.insert(0, "tests"); import amx; amx.emulator(Path("build"))'
+	OMP_NUM_THREADS=1 LD_PRELOAD=$(abspath build)/libamx_emulator.so $(BIN)/pytest -q -m "not slow" -k "cpu-amx" tests/ops/test_nearest_codebook.py
 
 check-aarch64:
 	@for f in csrc/cpu/*.cpp; do \

@@ -36,6 +36,12 @@ for dtype in (torch.float64, torch.float32):
     y, log_det = ops.actnorm_conv1x1(leaves[0], vector, vector, matrix, matrix, vector, vector + 1, matrix.detach())
     torch.testing.assert_close(y, leaves[0])
     torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+rows, codes = torch.randn(70, 33), torch.randn(50, 33)
+for metric in reference.METRICS:
+    found = ops.nearest_codebook(rows, codes, metric=metric)
+    assert torch.equal(found, reference.nearest_codebook(rows[None], codes[None], metric, None, False, False)[1][0])
+counts, sums = ops.codebook_statistics(rows, found, 50)
+torch.testing.assert_close(sums, torch.zeros(50, 33).index_add(0, found, rows))
 # The same trajectories as on a machine with AVX-512, where this sum was taken.
 network = ssa.Network(
     {"A": 40, "B": 3},

@@ -37,7 +37,7 @@ def _locate(cumulative: Tensor, targets: Tensor) -> Tensor:
 
 
 def _locate_row(potential: Tensor, prefix: Tensor, targets: Tensor, size: int) -> Tensor:
-    """The row at which the running sum of the potential passes each target; prefix: that sum after each block of that size."""
+    """The row at which the running sum of the potential passes each target; prefix: that sum after each block."""
     rows = []
     for part in targets.split(DRAWS_AT_ONCE):
         block = _locate(prefix, part)
