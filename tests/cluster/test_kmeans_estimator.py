@@ -40,11 +40,11 @@ class Counted:
         return self.x[where]
 
 
-@pytest.mark.parametrize("metric", ("euclidean", "cosine"))
-def test_no_bit_depends_on_the_chunk_size(metric):
+@pytest.mark.parametrize("options", ({}, {"metric": "cosine"}, {"temperature": 0.5}, {"init": "random", "n_init": 2}))
+def test_no_bit_depends_on_the_chunk_size(options):
     x, weight = rows(40000), np.random.default_rng(1).random(40000)  # three blocks
     models = [
-        KMeans(7, random_state=0, metric=metric, chunk_size=size, max_iter=5).fit(x, sample_weight=weight)
+        KMeans(7, random_state=0, chunk_size=size, max_iter=5, **options).fit(x, sample_weight=weight)
         for size in (1, 20000, None)
     ]
     assert_same_bits(models[0], models[2])
@@ -72,6 +72,7 @@ def test_a_memory_map_is_read_in_chunks_and_gives_what_the_array_gives(tmp_path)
     assert counted.most == 16384
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts KiB on Linux alone")
 def test_neither_x_nor_n_by_k_is_ever_in_memory_nor_scikit_learn():
     """A fit may hold labels (2 MiB), some chunks of 16384 rows, and K x D; X itself is 64 MiB and N x K 128."""
