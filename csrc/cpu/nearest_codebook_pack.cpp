@@ -298,10 +298,15 @@ PYGEN_INLINE Lanes column(const float* rows, int64_t padded, int64_t d) {
   return lanes;
 }
 
-void transpose_strip(const float* rows, int64_t padded, Strip* strip) {
+// `rows`, 16 of them and `stride` apart, side by side in the frame, after `move(element d of 16 rows, d)`.
+template <class Move>
+PYGEN_INLINE void transpose_strip(const float* rows, int64_t stride, int64_t dim, int64_t padded, Strip* strip,
+                                  const Move& move) {
   Lanes squares = {}, largest = {};
-  for (int64_t d = 0; d < padded; ++d) {
-    const Lanes x = column(rows, padded, d);
+  memset(strip->frame + dim * kStripRows, 0, (padded - dim) * kStripRows * sizeof(float));
+  for (int64_t d = 0; d < dim; ++d) {
+    Lanes x = column(rows, stride, d);
+    move(&x, d);
     put_lanes(strip->frame + d * kStripRows, x);
     for (int i = 0; i < kVectors; ++i) {
       squares.v[i] += x.v[i] * x.v[i];
@@ -311,6 +316,31 @@ void transpose_strip(const float* rows, int64_t padded, Strip* strip) {
   }
   put_lanes(strip->squares, squares);
   put_lanes(strip->largest, largest);
+}
+
+// Rows that are in the frame already.
+void transpose_framed(const float* rows, int64_t dim, int64_t padded, Strip* strip) {
+  transpose_strip(rows, padded, dim, padded, strip, [](Lanes*, int64_t) {});
+}
+
+PYGEN_INLINE f32v joined(f32half low, f32half high) {
+#if PYGEN_VECTOR_BYTES == 64
+  return (f32v)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+#else
+  const f32half halves[] = {low, high};
+  f32v all;
+  memcpy(&all, halves, sizeof all);
+  return all;
+#endif
+}
+
+// 16 rows of float32 as given, which they mostly are: brought into the euclidean frame on the way.
+void transpose_given(const PackedCodebook& codes, const float* rows, Strip* strip) {
+  const int64_t dim = codes.given.dim;
+  const double scaling = codes.scaling, *mean = codes.mean;
+  transpose_strip(rows, dim, dim, padded_dim(codes), strip, [scaling, mean](Lanes* x, int64_t d) {
+    for (f32v& v : x->v) v = joined(to_f32(low_half(v) * scaling - mean[d]), to_f32(high_half(v) * scaling - mean[d]));
+  });
 }
 
 PYGEN_INLINE i32v rounded_bits(f32v x) {
@@ -412,6 +442,18 @@ bool row_to_frame(const PackedCodebook& codes, const PackedRows& rows, int64_t r
   return largest == 0 || (largest >= kLeastMagnitude && largest <= kGreatestMagnitude);
 }
 
+// Rows first to first + 15 of the chunk, `padded` apart; zeros for those that are not there or not wanted.
+void frame_rows(const PackedCodebook& codes, const PackedRows& rows, int64_t first, float* frame, bool* provable) {
+  const int64_t padded = padded_dim(codes);
+  for (int64_t r = 0; r < kStripRows; ++r) {
+    const int64_t row = rows.first + first + r;
+    const bool wanted = first + r < rows.count && codes.any_usable && !(rows.mask && !rows.mask[row]);
+    rows.kind[first + r] = wanted ? RowKind::kSearched : RowKind::kNone;
+    provable[r] = wanted && row_to_frame(codes, rows, first + r, frame + r * padded) && codes.searchable;
+    if (!wanted) memset(frame + r * padded, 0, padded * sizeof(float));
+  }
+}
+
 // Of a row whose frame is not of finite, moderate numbers.
 RowKind unusual_kind(const PackedCodebook& codes, const PackedRows& rows, int64_t r) {
   widen_vector(rows.given, rows.first + r, rows.wide);
@@ -421,19 +463,20 @@ RowKind unusual_kind(const PackedCodebook& codes, const PackedRows& rows, int64_
 }  // namespace
 
 void pack_rows(const PackedCodebook& codes, const PackedRows& rows, float* memory) {
-  const int64_t padded = padded_dim(codes);
+  const int64_t dim = codes.given.dim, padded = padded_dim(codes);
+  const bool as_given = rows.given.type == FloatType::kFloat32 && codes.metric == Metric::kEuclidean && !rows.mask &&
+                        codes.searchable && codes.any_usable;
   Strip strip;
   strip.frame = memory + kStripRows * padded;
   for (int64_t first = 0; first < rows.strips * kStripRows; first += kStripRows) {
     bool provable[kStripRows];
-    for (int64_t r = 0; r < kStripRows; ++r) {
-      const int64_t row = rows.first + first + r;
-      const bool wanted = first + r < rows.count && codes.any_usable && !(rows.mask && !rows.mask[row]);
-      rows.kind[first + r] = wanted ? RowKind::kSearched : RowKind::kNone;
-      provable[r] = wanted && row_to_frame(codes, rows, first + r, memory + r * padded) && codes.searchable;
-      if (!wanted) memset(memory + r * padded, 0, padded * sizeof(float));
+    if (as_given && first + kStripRows <= rows.count) {
+      for (int64_t r = 0; r < kStripRows; ++r) rows.kind[first + r] = RowKind::kSearched, provable[r] = true;
+      transpose_given(codes, static_cast<const float*>(rows.given.data) + (rows.first + first) * dim, &strip);
+    } else {
+      frame_rows(codes, rows, first, memory, provable);
+      transpose_framed(memory, dim, padded, &strip);
     }
-    transpose_strip(memory, padded, &strip);
     for (int64_t r = 0; r < kStripRows; ++r)
       if (rows.kind[first + r] == RowKind::kSearched &&
           !(provable[r] && strip.largest[r] <= kGreatest && strip.squares[r] <= kFiniteSquares))

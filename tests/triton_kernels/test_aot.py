@@ -30,12 +30,6 @@ def test_no_kernel_spills_or_exceeds_shared_memory(chip, tmp_path):
     usages = json.loads(report.read_text())
     ops = {"cumax", "affine_coupling", "rational_quadratic_spline", "nearest_codebook", "codebook_statistics"}
     assert {u["op"] for u in usages} >= ops
-        "cumax",
-        "affine_coupling",
-        "rational_quadratic_spline",
-        "nearest_codebook",
-        "codebook_statistics",
-    }
     assert {u["target"] for u in usages} == {chip}
     assert [u for u in usages if u["spilled"] or u["shared"] > u["shared_limit"]] == []
     assert run.returncode == 0
