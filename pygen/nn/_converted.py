@@ -43,6 +43,10 @@ class OfFeatures(_Coupling):
     def _merge(self, passive: Tensor, active: Tensor) -> Tensor:
         return torch.cat((passive, active), self.dim).index_select(self.dim, self.order)
 
+    def _apply_coupling(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        # AffineCoupling has a way of its own for halves.
+        return _Coupling._apply_coupling(self, x, context, inverse)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.active_features.numel()} of {self.features} features"
 

@@ -54,7 +54,7 @@ def test_a_glow_block_converts(features, options):
     assert_converts(inn((features,), (GLOW[0], GLOW[1] | options)), (features,))
 
 
-@pytest.mark.parametrize("activation", ["TANH", "SIGMOID", torch.sin], ids=str)
+@pytest.mark.parametrize("activation", ["TANH", "SIGMOID", torch.sin], ids=("TANH", "SIGMOID", "sin"))
 def test_a_glow_block_that_clamps_in_another_way_converts(activation):
     block = GLOW[0], GLOW[1] | {"clamp_activation": activation, "clamp": 1.3}
     assert_converts(inn((5,), block), (5,))
