@@ -1,5 +1,5 @@
-"""The software AMX does what Intel's manual says and the hardware, where there is one, does too; pygen's search in AMX
-code is exact under it."""
+"""The software AMX does what Intel's manual says, and pygen's search in AMX code is exact under it. Where the CPU has AMX
+nothing is emulated, and the search's own tests run on it."""
 
 import json
 import math
@@ -30,9 +30,11 @@ def compiled(tmp_path_factory):
         return tuple(pool.map(lambda build: build(folder), (amx.emulator, amx.program)))
 
 
-@pytest.fixture(params=["hardware" if amx.in_hardware() else "emulator"])
+@pytest.fixture
 def run(compiled):
-    """Runs the program with arguments, on the CPU's own AMX if it has one."""
+    """Runs the program with arguments, its AMX instructions in software."""
+    if amx.in_hardware():
+        pytest.skip("this CPU has AMX: nothing is emulated")
     emulator, program = compiled
 
     def run(*arguments, stdin=b""):
@@ -268,9 +270,6 @@ def test_without_the_emulator_the_first_instruction_kills(compiled):
 )
 def test_misuse_dies_and_the_emulator_says_of_what(run, how, sentence):
     done = run("misuse", how)
-    if amx.in_hardware():
-        assert done.returncode in (-signal.SIGILL, -signal.SIGSEGV)  # #UD, #GP
-        return
     assert done.returncode == -signal.SIGABRT
     (line,) = done.stderr.decode().splitlines()
     assert re.match("AMX emulator: " + sentence, line), line
