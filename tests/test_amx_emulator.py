@@ -1,5 +1,7 @@
-"""The software AMX does what Intel's manual says, and pygen's search in AMX code is exact under it. Where the CPU has AMX
-nothing is emulated, and the search's own tests run on it."""
+"""The software AMX does what Intel's manual says, and pygen's search in AMX code is exact under it.
+
+Where the CPU has AMX nothing is emulated, and the search's own tests run on it.
+"""
 
 import json
 import math
