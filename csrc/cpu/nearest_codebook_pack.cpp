@@ -283,16 +283,16 @@ PYGEN_INLINE void put_lanes(float* p, const Lanes& lanes) {
   for (int i = 0; i < kVectors; ++i) store(p + i * VecOf<float>::lanes, lanes.v[i]);
 }
 
-// Element d of 16 rows that lie `padded` apart.
-PYGEN_INLINE Lanes column(const float* rows, int64_t padded, int64_t d) {
+// Element d of 16 rows that lie `stride` apart.
+PYGEN_INLINE Lanes column(const float* rows, int64_t stride, int64_t d) {
   Lanes lanes;
 #if PYGEN_VECTOR_BYTES == 64
   const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                        _mm512_set1_epi32(static_cast<int>(padded)));
+                                        _mm512_set1_epi32(static_cast<int>(stride)));
   lanes.v[0] = (f32v)_mm512_i32gather_ps(at, rows + d, 4);
 #else
   float of_rows[kStripRows];
-  for (int r = 0; r < kStripRows; ++r) of_rows[r] = rows[r * padded + d];
+  for (int r = 0; r < kStripRows; ++r) of_rows[r] = rows[r * stride + d];
   lanes = lanes_at(of_rows);
 #endif
   return lanes;
