@@ -44,6 +44,13 @@ STABLE_TORCH_LIBRARY(pygen, m) {
   m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, Tensor? mask) -> (Tensor, Tensor)");
 
   m.def(
+      "power_iteration(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] dims, int n_iterations, float eps, "
+      "bool u_first, bool return_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "power_iteration_backward(Tensor? grad_sigma, Tensor[] grads, Tensor[] weights, Tensor sigma, Tensor[] us, "
+      "Tensor[] vs, int[] dims, float eps) -> Tensor[]");
+
+  m.def(
       "ssa_run(Tensor code, Tensor literals, Tensor initial, Tensor parameters, Tensor times, Tensor recorded, "
       "float start, int first, int seed, int stream, str method, float tau_epsilon, int max_events, int threads, "
       "Tensor(a!) control, Tensor(b!) counts, Tensor(c!) status, Tensor(d!) n_events, Tensor(e!) stop_time, "

@@ -5,6 +5,7 @@ from pygen.ops.affine_coupling import additive_coupling, affine_coupling, affine
 from pygen.ops.codebook_statistics import codebook_statistics
 from pygen.ops.cumax import cumax
 from pygen.ops.nearest_codebook import nearest_codebook
+from pygen.ops.power_iteration import power_iteration, power_iteration_multi
 from pygen.ops.rational_quadratic_spline import rational_quadratic_spline
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "codebook_statistics",
     "cumax",
     "nearest_codebook",
+    "power_iteration",
+    "power_iteration_multi",
     "rational_quadratic_spline",
 ]

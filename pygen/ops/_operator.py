@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pygen import _native
+from pygen.ops import _lists
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -49,7 +50,8 @@ class Rules:
     """How one operator behaves under torch's transformations; each field as in `torch.library`."""
 
     file: str  # the op's file, of the same name in reference/, csrc/ and triton_kernels/
-    tensors: int  # the operator's first arguments that are tensors (or None); all others are plain values
+    # The operator's first arguments that are tensors (or None) or lists of them; all others are plain values.
+    tensors: int
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     setup_context: Callable[..., None]
@@ -100,14 +102,17 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _contiguous(results: Any) -> Any:
+    if isinstance(results, tuple | list):
+        return type(results)(_contiguous(y) for y in results)
+    return results.contiguous()
+
+
 def reference_kernel(rules: Rules) -> Callable[..., Any]:
     """The reference with the contiguous results that every kernel promises (and the fake tells the compiler)."""
 
     def compute(*args):
-        results = rules.reference(*args)
-        if isinstance(results, tuple):
-            return tuple(y.contiguous() for y in results)
-        return results.contiguous()
+        return _contiguous(rules.reference(*args))
 
     return compute
 
@@ -180,6 +185,8 @@ def operator(name: str, rules: Rules) -> Callable[..., Any]:
         return rules.reference
     _register(name, rules)
     op = getattr(torch.ops.pygen, name).default
+    if "[]" in str(op._schema).replace("int[]", ""):
+        return _list_operator(name, op, rules)
     function, transformable = _functions(name, op, rules)
     count = rules.tensors
 
@@ -202,6 +209,32 @@ def operator(name: str, rules: Rules) -> Callable[..., Any]:
     return call
 
 
+def _list_operator(name: str, op: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
+    """`operator` for lists of tensors: the same roads."""
+
+    def below_autograd(*args):
+        with _below_autograd():
+            return op(*args)
+
+    function, transformable = map(_lists.applied, _lists.functions(name, below_autograd, rules))
+    count = rules.tensors
+
+    def call(*args):
+        if _is_compiling() or _autocast_enabled():
+            return op(*args)
+        if _functorch_active() or forward_ad._current_level >= 0:
+            return transformable(*args)
+        if _grad_enabled():
+            for value in args[:count]:
+                for x in value if isinstance(value, list) else (value,):
+                    if x is not None and x.requires_grad:
+                        return function(*args)
+        return below_autograd(*args)
+
+    call.__name__ = name
+    return call
+
+
 def derivative_through_reference(
     reference: Callable[..., Any],
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -211,21 +244,25 @@ def derivative_through_reference(
     """
 
     def setup_context(ctx, inputs, output):
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.layout, flat = _lists.flatten(inputs)
+        ctx.is_tensor = [isinstance(value, Tensor) for value in flat]
+        ctx.others = [value for value in flat if not isinstance(value, Tensor)]
+        ctx.save_for_backward(*(value for value in flat if isinstance(value, Tensor)))
 
     def backward(ctx, *grads):
         tensors, others = ctx.saved_tensors, ctx.others
 
         def of_tensors(*given):
             left, right = iter(given), iter(others)
-            return reference(*(next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor))
+            flat = [next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor]
+            results = reference(*_lists.unflatten(ctx.layout, flat))
+            return results if isinstance(results, Tensor) else tuple(_lists.flatten(results)[1])
 
         # torch.func, not torch.autograd: it nests in whatever transformation is asking, and its result can again be
         # differentiated.
         _, pull_back = torch.func.vjp(of_tensors, *tensors)
-        found = iter(pull_back(grads if len(grads) > 1 else grads[0]))
-        return tuple(next(found) if is_tensor else None for is_tensor in ctx.is_tensor)
+        flat_grads = tuple(_lists.flatten(grads)[1])
+        found = iter(pull_back(flat_grads if len(flat_grads) > 1 else flat_grads[0]))
+        return tuple(_lists.unflatten(ctx.layout, [next(found) if is_tensor else None for is_tensor in ctx.is_tensor]))
 
     return setup_context, backward

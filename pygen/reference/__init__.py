@@ -13,6 +13,7 @@ from pygen.reference.affine_coupling import (
 from pygen.reference.codebook_statistics import codebook_statistics
 from pygen.reference.cumax import cumax, cumax_backward
 from pygen.reference.nearest_codebook import METRICS, nearest_codebook
+from pygen.reference.power_iteration import power_iteration, power_iteration_backward
 from pygen.reference.rational_quadratic_spline import (
     TAILS,
     rational_quadratic_spline,
@@ -36,6 +37,8 @@ __all__ = [
     "cumax_backward",
     "log_scale",
     "nearest_codebook",
+    "power_iteration",
+    "power_iteration_backward",
     "rational_quadratic_spline",
     "rational_quadratic_spline_backward",
 ]

@@ -1,0 +1,1 @@
+"""Functions on modules: spectral normalisation, Lipschitz bounds."""
