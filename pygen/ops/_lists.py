@@ -44,7 +44,7 @@ def _padded(layout: Layout, values: Sequence[Any]) -> list[Any]:
 
 
 class _Results:
-    """Tells the caller of a Function how its flat results are laid out; an object, so that torch.func leaves it alone."""
+    """Tells the caller of a Function how its flat results are laid out; an object, which torch.func leaves alone."""
 
     layout: Layout
     single: bool  # one result, not a tuple
