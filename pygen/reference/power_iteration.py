@@ -14,10 +14,12 @@ def as_matrix(weight: Tensor, dim: int) -> Tensor:
 
 def _normalized(product: Tensor, before: Tensor, eps: float) -> Tensor:
     """product / max(|product|, eps); what was there before, where the product is zero or not finite."""
-    # In float64, where no square of a float32 overflows or vanishes.
-    norm = product.double().norm()
+    # Squares of the largest numbers overflow, those of the smallest vanish.
+    product = product.double()
+    largest = product.abs().max() if product.numel() else product.new_zeros(())
+    norm = largest * (product / largest).norm()
     usable = (norm > 0) & (norm < torch.inf)
-    return torch.where(usable, (product.double() / norm.clamp_min(eps)).to(product.dtype), before)
+    return torch.where(usable, (product / norm.clamp_min(eps)).to(before.dtype), before)
 
 
 @torch.no_grad()

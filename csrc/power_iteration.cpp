@@ -1,0 +1,557 @@
+// Power iteration on the CPU, of all matrices of a call at once: checks, allocation, and the dealing out of the work to
+// threads. The products are csrc/cpu/power_iteration.cpp.
+//
+// A matrix is read in chunks that its shape alone decides, and what chunks contribute is added in their order: the bits
+// of a result depend neither on the number of threads nor on the other matrices of the call.
+#include "cpu/power_iteration.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "capability.h"
+#include "tensor.h"
+
+namespace pygen {
+namespace {
+
+using Doubles = std::vector<double>;
+
+// A matrix below this stays in the second-level cache from one product to the next: one thread does all of it. Larger
+// ones are shared by all threads.
+constexpr int64_t kSmall = int64_t{1} << 18;
+// Bytes of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into.
+constexpr int64_t kChunk = int64_t{1} << 17;
+constexpr int64_t kMostChunks = 32;
+constexpr int64_t kLinesAtOnce = 8;
+// Elements that a task scales or combines.
+constexpr int64_t kElementwise = int64_t{1} << 16;
+// A block of columns must stay in the second-level cache between its two uses.
+constexpr int64_t kColumnBlock = int64_t{1} << 19;
+
+const PowerIterationKernels& kernels() { return PYGEN_KERNELS(power_iteration_kernels); }
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(task) for every task < count; a thread that is done takes the next one.
+template <typename F>
+void for_each_task(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  parallel_for(count, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1)) < count;) f(task);
+  });
+}
+
+// A contiguous weight as a matrix: W with its rows as lines, or its transpose, whichever lies in memory.
+//
+// The weight is (outer, rows, inner) with the dimension of the rows in the middle. Without an outer part the rows of W
+// are lines; without an inner part its columns are. Otherwise a copy is made whose lines are the rows.
+struct Matrix {
+  int64_t outer = 1, rows, inner = 1;
+  ScalarType dtype;
+  const char* weight;
+  Tensor copy;
+  const char* data;
+
+  Matrix(const Tensor& tensor, int64_t dim) : dtype(tensor.scalar_type()), copy(tensor) {
+    for (int64_t d = 0; d < dim; ++d) outer *= tensor.size(d);
+    rows = tensor.size(dim);
+    for (int64_t d = dim + 1; d < tensor.dim(); ++d) inner *= tensor.size(d);
+    data = weight = static_cast<const char*>(tensor.const_data_ptr());
+  }
+
+  bool transposed() const { return outer > 1 && inner == 1; }
+  int64_t lines() const { return transposed() ? outer : rows; }
+  int64_t elements() const { return transposed() ? rows : outer * inner; }
+  int64_t size() const { return outer * rows * inner; }
+  int64_t bytes() const { return size() * bytes_of(dtype); }
+  int type() const { return type_of(dtype); }
+  // Whether it computes in double, and the bytes of what it computes in.
+  bool wide() const { return dtype == ScalarType::Double; }
+  int64_t width() const { return wide() ? 8 : 4; }
+
+  const char* line(int64_t i) const { return data + i * elements() * bytes_of(dtype); }
+
+  void put_rows_in_front() {
+    if (outer == 1 || inner == 1) return;
+    const int64_t shape[] = {rows, outer * inner};
+    const int64_t step = inner * bytes_of(dtype);
+    copy = empty_contiguous(shape, 2, dtype);
+    char* to = static_cast<char*>(copy.mutable_data_ptr());
+    parallel_for(rows, std::max<int64_t>(1, kElementsPerTask / (outer * inner)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t a = 0; a < outer; ++a)
+          std::memcpy(to + (r * outer + a) * step, weight + (a * rows + r) * step, step);
+    });
+    data = to;
+  }
+};
+
+// A vector on its way through the iteration, in float64, and as a product reads it.
+struct Vector {
+  Doubles values;
+  std::vector<char> narrow;
+
+  Vector(const Tensor& x) : values(x.numel()) {
+    const Tensor flat = made_contiguous(x);
+    kernels().widen[type_of(x.scalar_type())](flat.const_data_ptr(), flat.numel(), values.data());
+  }
+  int64_t size() const { return static_cast<int64_t>(values.size()); }
+
+  const void* as(bool wide) {
+    if (wide) return values.data();
+    narrow.resize(values.size() * sizeof(float));
+    kernels().narrow[static_cast<int>(FloatType::kFloat32)](values.data(), size(), narrow.data());
+    return narrow.data();
+  }
+
+  Tensor tensor(const Tensor& like) const {
+    Tensor result = empty_contiguous_like(like);
+    kernels().narrow[type_of(like.scalar_type())](values.data(), size(), result.mutable_data_ptr());
+    return result;
+  }
+};
+
+enum class Pass { kBoth, kTransposed, kLines, kColumns };
+
+// One matrix on its way: W p-from-the-left and q-from-the-right, lines along p, elements along q.
+class Iteration {
+ public:
+  Iteration(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, double eps, bool u_first)
+      : matrix_(weight, dim), eps_(eps), u_(u), v_(v), lines_first_(u_first != matrix_.transposed()) {}
+
+  const Matrix& matrix() const { return matrix_; }
+  bool small() const { return matrix_.bytes() <= kSmall; }
+  double sigma() const { return sigma_; }
+  double divisor() const { return std::abs(sigma_) < eps_ ? eps_ : sigma_; }
+  const Vector& u() const { return u_; }
+  const Vector& v() const { return v_; }
+
+  void prepare() { matrix_.put_rows_in_front(); }
+
+  // The passes over the matrix that one step takes.
+  std::vector<Pass> step() const {
+    if (lines_first_) return {Pass::kBoth};
+    if (has_columns()) return {Pass::kColumns};
+    return {Pass::kTransposed, Pass::kLines};
+  }
+
+  // A pass is begun, done in chunks (in any order, by any thread), and finished.
+  int64_t begin(Pass pass) {
+    pass_ = pass;
+    left_ = p().as(matrix_.wide());
+    right_ = q().as(matrix_.wide());
+    const bool by_columns = pass == Pass::kColumns;
+    const int64_t count = by_columns ? column_blocks() : divided_up(matrix_.lines(), kLinesAtOnce);
+    const int64_t wanted = std::clamp<int64_t>(matrix_.bytes() / kChunk, 1, kMostChunks);
+    per_chunk_ = std::max<int64_t>(1, divided_up(count, wanted));
+    chunks_ = divided_up(count, per_chunk_);
+    per_chunk_ *= by_columns ? kColumns : kLinesAtOnce;
+    const int64_t along = by_columns ? matrix_.elements() : matrix_.lines();
+    const int64_t across = by_columns ? matrix_.lines() : matrix_.elements();
+    if (pass != Pass::kTransposed) product_.resize(along * matrix_.width());
+    if (pass != Pass::kLines) parts_.resize(chunks_ * across * matrix_.width());
+    return chunks_;
+  }
+
+  void chunk(int64_t c) {
+    const PowerIterationKernels& k = kernels();
+    const int type = matrix_.type();
+    const int64_t first = c * per_chunk_, width = matrix_.width();
+    if (pass_ == Pass::kColumns) {
+      char* part = cleared_part(c, matrix_.lines());
+      k.columns[type](matrix_.data, matrix_.lines(), matrix_.elements(), first,
+                      std::min(first + per_chunk_, matrix_.elements()), left_, product_.data(), part);
+      return;
+    }
+    const int64_t lines = std::min(per_chunk_, matrix_.lines() - first);
+    char* part = pass_ == Pass::kLines ? nullptr : cleared_part(c, matrix_.elements());
+    if (pass_ == Pass::kTransposed) {
+      k.transposed[type](matrix_.line(first), lines, matrix_.elements(),
+                         static_cast<const char*>(left_) + first * width, part);
+    } else {
+      k.lines[type](matrix_.line(first), lines, matrix_.elements(), right_, product_.data() + first * width, part);
+    }
+  }
+
+  void finish() {
+    switch (pass_) {
+      case Pass::kBoth:
+        return finish_both(p(), q(), matrix_.lines(), matrix_.elements(), Pass::kTransposed);
+      case Pass::kColumns:
+        return finish_both(q(), p(), matrix_.elements(), matrix_.lines(), Pass::kLines);
+      case Pass::kTransposed:
+        normalize(sum_of_parts(matrix_.elements()), q());
+        return;
+      case Pass::kLines:
+        finish_second(product(matrix_.lines()), p());
+        return;
+    }
+  }
+
+  // All of a pass, by this thread.
+  void run(Pass pass) {
+    const int64_t chunks = begin(pass);
+    for (int64_t c = 0; c < chunks; ++c) chunk(c);
+    finish();
+  }
+
+  // sigma = u^T W v of the vectors as they are.
+  void begin_value() { begin(Pass::kLines); }
+  void finish_value() {
+    const Doubles product = this->product(matrix_.lines());
+    sigma_ = kernels().dot(product.data(), p().values.data(), matrix_.lines());
+  }
+
+  void scale(int64_t begin, int64_t end, char* out) const {
+    const int64_t size = bytes_of(matrix_.dtype);
+    kernels().scale[matrix_.type()](matrix_.weight + begin * size, end - begin, 1 / divisor(), out + begin * size);
+  }
+
+ private:
+  Vector& p() { return matrix_.transposed() ? v_ : u_; }
+  Vector& q() { return matrix_.transposed() ? u_ : v_; }
+
+  int64_t column_blocks() const { return divided_up(matrix_.elements(), kColumns); }
+
+  // One pass by columns for both products, where a block of columns stays in the cache between them, and there are
+  // enough blocks for the threads; otherwise two passes by lines.
+  bool has_columns() const {
+    return !small() && bytes_of(matrix_.dtype) > 2 && matrix_.lines() * kColumns * matrix_.width() <= kColumnBlock &&
+           column_blocks() >= 8;
+  }
+
+  char* cleared_part(int64_t c, int64_t n) {
+    char* part = parts_.data() + c * n * matrix_.width();
+    std::memset(part, 0, n * matrix_.width());
+    return part;
+  }
+
+  Doubles sum_of_parts(int64_t n) const {
+    Doubles sum(n);
+    kernels().sum_parts[matrix_.wide()](parts_.data(), chunks_, n, sum.data());
+    return sum;
+  }
+
+  Doubles product(int64_t n) const {
+    Doubles values(n);
+    kernels().sum_parts[matrix_.wide()](product_.data(), 1, n, values.data());
+    return values;
+  }
+
+  // x = product / max(|product|, eps), as it was where that is not to be had. What the product was multiplied by, or 0.
+  double normalize(const Doubles& product, Vector& x) const {
+    const int64_t n = x.size();
+    const double norm = kernels().norm(product.data(), n);
+    if (!(norm > 0) || std::isinf(norm)) return 0;
+    const double factor = 1 / std::max(norm, eps_);
+    if (std::isinf(factor)) {
+      for (int64_t i = 0; i < n; ++i) x.values[i] = product[i] / norm;
+      return 0;
+    }
+    x.values = product;
+    kernels().multiply(x.values.data(), n, factor);
+    return factor;
+  }
+
+  void finish_second(const Doubles& product, Vector& x) {
+    normalize(product, x);
+    sigma_ = kernels().dot(product.data(), x.values.data(), x.size());
+  }
+
+  // The first product and, from the same pass, the second one, of the first before it was normalised.
+  void finish_both(Vector& first, Vector& second, int64_t n_first, int64_t n_second, Pass again) {
+    const double factor = normalize(product(n_first), first);
+    // Beyond these the products of products in the pass may have left the range of their type.
+    const double small = matrix_.wide() ? 1e-130 : 1e-16, large = matrix_.wide() ? 1e130 : 1e16;
+    if (!(factor > small && factor < large)) {
+      begin(again);
+      for (int64_t c = 0; c < chunks_; ++c) chunk(c);
+      return finish_second(again == Pass::kLines ? product(n_second) : sum_of_parts(n_second), second);
+    }
+    Doubles product = sum_of_parts(n_second);
+    kernels().multiply(product.data(), n_second, factor);
+    finish_second(product, second);
+  }
+
+  Matrix matrix_;
+  double eps_, sigma_ = 0;
+  Vector u_, v_;
+  bool lines_first_;
+  Pass pass_ = Pass::kLines;
+  int64_t per_chunk_ = 1, chunks_ = 0;
+  const void *left_ = nullptr, *right_ = nullptr;
+  std::vector<char> product_, parts_;
+};
+
+// ---- all matrices of a call --------------------------------------------------------------------------------------
+
+using Iterations = std::vector<Iteration*>;
+
+// One pass of several matrices; `of` says which, `finish` what follows.
+template <typename Of, typename Finish>
+void run_together(const Iterations& matrices, const Of& of, const Finish& finish) {
+  std::vector<std::pair<Iteration*, int64_t>> tasks;
+  for (Iteration* matrix : matrices) {
+    const int64_t chunks = matrix->begin(of(*matrix));
+    for (int64_t c = 0; c < chunks; ++c) tasks.emplace_back(matrix, c);
+  }
+  for_each_task(tasks.size(), [&](int64_t i) { tasks[i].first->chunk(tasks[i].second); });
+  for_each_task(matrices.size(), [&](int64_t i) { finish(*matrices[i]); });
+}
+
+void iterate_together(const Iterations& matrices, int64_t n_iterations) {
+  if (matrices.empty()) return;
+  for (Iteration* matrix : matrices) matrix->prepare();
+  if (n_iterations == 0)
+    run_together(matrices, [](Iteration&) { return Pass::kLines; }, [](Iteration& m) { m.finish_value(); });
+  for (int64_t n = 0; n < n_iterations; ++n) {
+    for (size_t pass = 0; pass < 2; ++pass) {
+      Iterations taking;
+      for (Iteration* matrix : matrices)
+        if (pass < matrix->step().size()) taking.push_back(matrix);
+      if (taking.empty()) break;
+      run_together(taking, [&](Iteration& m) { return m.step()[pass]; }, [](Iteration& m) { m.finish(); });
+    }
+  }
+}
+
+void iterate_alone(Iteration& matrix, int64_t n_iterations) {
+  matrix.prepare();
+  if (n_iterations == 0) {
+    const int64_t chunks = matrix.begin(Pass::kLines);
+    for (int64_t c = 0; c < chunks; ++c) matrix.chunk(c);
+    matrix.finish_value();
+  }
+  for (int64_t n = 0; n < n_iterations; ++n)
+    for (const Pass pass : matrix.step()) matrix.run(pass);
+}
+
+// ---- checks ------------------------------------------------------------------------------------------------------
+
+int64_t counted_from_the_front(const Tensor& weight, int64_t dim) {
+  PYGEN_CHECK(weight.dim() >= 2 && dim >= -weight.dim() && dim < weight.dim(),
+              "power_iteration: weight must have at least 2 dimensions, ", dim, " among them, got ",
+              shape_string(weight));
+  return dim < 0 ? dim + weight.dim() : dim;
+}
+
+void check(const std::vector<Tensor>& weights, const std::vector<Tensor>& us, const std::vector<Tensor>& vs,
+           const std::vector<int64_t>& dims) {
+  PYGEN_CHECK(!weights.empty() && weights.size() == us.size() && weights.size() == vs.size() &&
+                  weights.size() == dims.size(),
+              "power_iteration: weights, us, vs and dims must be equally many and at least one, got ", weights.size(),
+              ", ", us.size(), ", ", vs.size(), " and ", dims.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    PYGEN_CHECK(is_floating(weight.scalar_type()) && is_floating(us[i].scalar_type()) &&
+                    is_floating(vs[i].scalar_type()),
+                "power_iteration: weight, u and v must be floating point (float64, float32, bfloat16, float16), got ",
+                dtype_string(weight.scalar_type()), ", ", dtype_string(us[i].scalar_type()), " and ",
+                dtype_string(vs[i].scalar_type()));
+    PYGEN_CHECK(weight.scalar_type() == weights[0].scalar_type(),
+                "power_iteration: all weights must have one dtype, got ", dtype_string(weights[0].scalar_type()),
+                " and ", dtype_string(weight.scalar_type()));
+    const int64_t rows = weight.size(counted_from_the_front(weight, dims[i]));
+    const int64_t columns = rows ? weight.numel() / rows : vs[i].numel();
+    PYGEN_CHECK(us[i].dim() == 1 && vs[i].dim() == 1 && us[i].size(0) == rows && vs[i].size(0) == columns,
+                "power_iteration: u must be (", rows, ",) and v (", columns, ",) for a weight ", shape_string(weight),
+                " with its rows in dimension ", dims[i], ", got ", shape_string(us[i]), " and ", shape_string(vs[i]));
+  }
+}
+
+Tensor tensor_of(const Doubles& values, ScalarType dtype) {
+  const int64_t n = values.size();
+  Tensor result = empty_contiguous(&n, 1, dtype);
+  kernels().narrow[type_of(dtype)](values.data(), n, result.mutable_data_ptr());
+  return result;
+}
+
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& weights, const Tensors& us,
+                                                              const Tensors& vs, const std::vector<int64_t>& dims,
+                                                              int64_t n_iterations, double eps, bool u_first,
+                                                              bool return_weights) {
+  check(weights, us, vs, dims);
+  std::vector<Iteration> all;
+  all.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i)
+    all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), eps,
+                     u_first);
+  Tensors normalized;
+  if (return_weights)
+    for (const Tensor& weight : weights) normalized.push_back(empty_contiguous_like(weight));
+  const auto out = [&](size_t i) { return static_cast<char*>(normalized[i].mutable_data_ptr()); };
+
+  Iterations large;
+  std::vector<size_t> small;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (all[i].small()) {
+      small.push_back(i);
+    } else {
+      large.push_back(&all[i]);
+    }
+  iterate_together(large, n_iterations);
+  // The small ones, and the large ones' division.
+  struct Division {
+    size_t matrix;
+    int64_t begin, end;
+  };
+  std::vector<Division> divisions;
+  for (size_t i = all.size(); return_weights && i-- > 0;)
+    for (int64_t end = all[i].matrix().size(); !all[i].small() && end > 0; end -= kElementwise)
+      divisions.push_back({i, std::max<int64_t>(0, end - kElementwise), end});
+  const int64_t n_divisions = divisions.size(), n_small = small.size();
+  const auto task = [&](int64_t t) {
+    if (t < n_divisions) {
+      const Division& part = divisions[t];
+      all[part.matrix].scale(part.begin, part.end, out(part.matrix));
+    } else {
+      Iteration& matrix = all[small[t - n_divisions]];
+      iterate_alone(matrix, n_iterations);
+      if (return_weights) matrix.scale(0, matrix.matrix().size(), out(small[t - n_divisions]));
+    }
+  };
+  int64_t small_work = 0;
+  for (const size_t i : small) small_work += all[i].matrix().size() * (1 + n_iterations);
+  if (n_divisions == 0 && small_work < 4 * kElementsPerTask) {
+    for (int64_t t = 0; t < n_small; ++t) task(t);
+  } else {
+    for_each_task(n_divisions + n_small, task);
+  }
+
+  Doubles sigma;
+  Tensors new_us, new_vs;
+  for (size_t i = 0; i < all.size(); ++i) {
+    sigma.push_back(all[i].sigma());
+    new_us.push_back(all[i].u().tensor(us[i]));
+    new_vs.push_back(all[i].v().tensor(vs[i]));
+  }
+  return {tensor_of(sigma, compute_dtype(weights[0].scalar_type())), normalized, new_us, new_vs};
+}
+
+// ---- gradient ----------------------------------------------------------------------------------------------------
+
+// One weight's gradient: grad / sigma + along u v^T.
+struct Gradient {
+  Matrix matrix;
+  Tensor grad;  // empty where there is none
+  Vector u, v;
+  const void* v_data;
+  double sigma, grad_sigma, eps;
+  Doubles inner;
+  char* out;
+
+  bool has_grad() const { return grad.numel() > 0; }
+  bool constant() const { return std::abs(sigma) < eps; }
+
+  const char* grad_at(int64_t i) const {
+    return has_grad() ? static_cast<const char*>(grad.const_data_ptr()) + i * bytes_of(matrix.dtype) : nullptr;
+  }
+  // Sums <grad, W> over one piece of kElementwise.
+  void add_inner(int64_t part) {
+    const int64_t begin = part * kElementwise, end = std::min(begin + kElementwise, matrix.size());
+    inner[part] =
+        kernels().inner[matrix.type()](grad_at(begin), matrix.weight + begin * bytes_of(matrix.dtype), end - begin);
+  }
+  // How many inner products are wanted: none where the divisor is a constant.
+  int64_t parts() const { return has_grad() && !constant() ? divided_up(matrix.size(), kElementwise) : 0; }
+
+  double along() const {
+    double sum = 0;
+    for (const double part : inner) sum += part;
+    return grad_sigma - (inner.empty() ? 0 : sum / sigma / sigma);
+  }
+
+  // The weight is (outer, rows, inner), and so are pieces: `per` elements from line `begin` to line `end`.
+  bool by_columns() const { return matrix.transposed(); }
+  int64_t lines() const { return by_columns() ? matrix.outer : matrix.outer * matrix.rows; }
+  int64_t per_line() const { return by_columns() ? matrix.rows : matrix.inner; }
+
+  void combine(int64_t begin, int64_t end, double along) const {
+    const double factor = 1 / (constant() ? eps : sigma);
+    const int64_t n = per_line(), size = bytes_of(matrix.dtype);
+    for (int64_t i = begin; i < end; ++i) {
+      const double left = by_columns() ? v.values[i] : u.values[i % matrix.rows];
+      const char* right =
+          static_cast<const char*>(v_data) + (by_columns() ? 0 : i / matrix.rows * matrix.inner * matrix.width());
+      kernels().combine[matrix.type()](grad_at(i * n), n, factor, along * left, right, out + i * n * size);
+    }
+  }
+};
+
+Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const Tensors& grads, const Tensors& weights,
+                                 const Tensor& sigma, const Tensors& us, const Tensors& vs,
+                                 const std::vector<int64_t>& dims, double eps) {
+  check(weights, us, vs, dims);
+  const int64_t n = weights.size();
+  PYGEN_CHECK(sigma.numel() == n && (!grad_sigma || grad_sigma->numel() == n),
+              "power_iteration_backward: sigma and its gradient must have one element for each of ", n, " weights");
+  PYGEN_CHECK(grads.empty() || static_cast<int64_t>(grads.size()) == n,
+              "power_iteration_backward: expected no gradients of weights or ", n, ", got ", grads.size());
+  const Vector sigmas(sigma), grad_sigmas(grad_sigma ? *grad_sigma : sigma);
+  Tensors results;
+  std::vector<Gradient> all;
+  all.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const Tensor weight = made_contiguous(weights[i]);
+    const bool given = !grads.empty() && grads[i].numel() > 0;
+    PYGEN_CHECK(!given || (same_shape(grads[i], weight) && grads[i].scalar_type() == weight.scalar_type()),
+                "power_iteration_backward: a gradient must have its weight's shape and dtype, got ",
+                given ? shape_string(grads[i]) : "", " for ", shape_string(weight));
+    results.push_back(empty_contiguous_like(weight));
+    all.push_back({Matrix(weight, counted_from_the_front(weight, dims[i])),
+                   given ? made_contiguous(grads[i])
+                         : empty_contiguous(std::vector<int64_t>{0}.data(), 1, weight.scalar_type()),
+                   Vector(us[i]),
+                   Vector(vs[i]),
+                   nullptr,
+                   sigmas.values[i],
+                   grad_sigma ? grad_sigmas.values[i] : 0.0,
+                   eps,
+                   {},
+                   static_cast<char*>(results[i].mutable_data_ptr())});
+    Gradient& gradient = all.back();
+    gradient.v_data = (gradient.by_columns() ? gradient.u : gradient.v).as(gradient.matrix.wide());
+    gradient.inner.resize(gradient.parts());
+  }
+  struct Part {
+    Gradient* of;
+    int64_t begin, end;
+    double along;
+  };
+  std::vector<Part> sums, combinations;
+  int64_t work = 0;
+  for (Gradient& gradient : all) {
+    work += gradient.matrix.size();
+    for (int64_t part = 0; part < gradient.parts(); ++part) sums.push_back({&gradient, part, part + 1, 0});
+  }
+  const bool alone = work < 4 * kElementsPerTask;
+  const auto each = [&](std::vector<Part>& parts, const auto& f) {
+    if (alone) {
+      for (Part& part : parts) f(part);
+    } else {
+      for_each_task(parts.size(), [&](int64_t i) { f(parts[i]); });
+    }
+  };
+  each(sums, [](Part& part) { part.of->add_inner(part.begin); });
+  for (auto it = all.rbegin(); it != all.rend(); ++it) {
+    const int64_t lines = it->lines(), step = std::max<int64_t>(1, kElementwise / std::max<int64_t>(1, it->per_line()));
+    const double along = it->along();
+    for (int64_t end = lines; end > 0; end -= step)
+      combinations.push_back({&*it, std::max<int64_t>(0, end - step), end, along});
+  }
+  each(combinations, [](Part& part) { part.of->combine(part.begin, part.end, part.along); });
+  return results;
+}
+
+}  // namespace
+}  // namespace pygen
+
+STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {
+  m.impl("power_iteration", TORCH_BOX(&pygen::power_iteration));
+  m.impl("power_iteration_backward", TORCH_BOX(&pygen::power_iteration_backward));
+}
