@@ -24,9 +24,17 @@ py::dict build_info() {
 }
 
 // pybind11's argument parsing would take as long as the work.
+PyCFunction small_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
 PyMethodDef small_functions[] = {
-    {"cumax_small", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pygen::cumax_small)), METH_FASTCALL,
+    {"cumax_small", small_function(&pygen::cumax_small), METH_FASTCALL,
      "cumax(x, dim, complement) of a small plain CPU tensor; None if x is anything else."},
+    {"spectral_weight_small", small_function(&pygen::spectral_weight_small), METH_FASTCALL,
+     "(weight / sigma, sigma, u, v) of small plain CPU tensors (weight, u, v, dim, n_iterations, eps), or None."},
+    {"spectral_weight_backward_small", small_function(&pygen::spectral_weight_backward_small), METH_FASTCALL,
+     "The weight's gradient from (grad, weight, sigma, u, v, dim, eps), or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

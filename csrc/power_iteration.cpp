@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "capability.h"
+#include "small.h"
 #include "tensor.h"
 
 namespace pygen {
@@ -21,16 +22,13 @@ using Doubles = std::vector<double>;
 
 // A matrix below this stays in the second-level cache from one product to the next: one thread does all of it. Larger
 // ones are shared by all threads.
-constexpr int64_t kSmall = int64_t{1} << 18;
+constexpr int64_t kAlone = int64_t{1} << 18;
 // Bytes of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into.
 constexpr int64_t kChunk = int64_t{1} << 17;
 constexpr int64_t kMostChunks = 32;
 constexpr int64_t kLinesAtOnce = 8;
 // Elements that a task scales or combines.
 constexpr int64_t kElementwise = int64_t{1} << 16;
-// A block of columns must stay in the second-level cache between its two uses.
-constexpr int64_t kColumnBlock = int64_t{1} << 19;
-
 const PowerIterationKernels& kernels() { return PYGEN_KERNELS(power_iteration_kernels); }
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -114,7 +112,8 @@ struct Vector {
   }
 };
 
-enum class Pass { kBoth, kTransposed, kLines, kColumns };
+// What one reading of the matrix computes: W q and W^T of that; or W^T p; or W q.
+enum class Pass { kBoth, kTransposed, kLines };
 
 // One matrix on its way: W p-from-the-left and q-from-the-right, lines along p, elements along q.
 class Iteration {
@@ -123,7 +122,7 @@ class Iteration {
       : matrix_(weight, dim), eps_(eps), u_(u), v_(v), lines_first_(u_first != matrix_.transposed()) {}
 
   const Matrix& matrix() const { return matrix_; }
-  bool small() const { return matrix_.bytes() <= kSmall; }
+  bool small() const { return matrix_.bytes() <= kAlone; }
   double sigma() const { return sigma_; }
   double divisor() const { return std::abs(sigma_) < eps_ ? eps_ : sigma_; }
   const Vector& u() const { return u_; }
@@ -131,11 +130,13 @@ class Iteration {
 
   void prepare() { matrix_.put_rows_in_front(); }
 
-  // The passes over the matrix that one step takes.
-  std::vector<Pass> step() const {
-    if (lines_first_) return {Pass::kBoth};
-    if (has_columns()) return {Pass::kColumns};
-    return {Pass::kTransposed, Pass::kLines};
+  // Where W q is the first product, a step is one pass. Where W^T p is, its second product and the first of the next
+  // step are: n + 1 passes for n steps. Without steps there is a value to compute.
+  int64_t passes(int64_t n_iterations) const { return std::max<int64_t>(1, n_iterations + !lines_first_); }
+  Pass pass(int64_t i, int64_t n_iterations) const {
+    if (n_iterations == 0) return Pass::kLines;
+    if (lines_first_) return Pass::kBoth;
+    return i == 0 ? Pass::kTransposed : i == n_iterations ? Pass::kLines : Pass::kBoth;
   }
 
   // A pass is begun, done in chunks (in any order, by any thread), and finished.
@@ -143,31 +144,22 @@ class Iteration {
     pass_ = pass;
     left_ = p().as(matrix_.wide());
     right_ = q().as(matrix_.wide());
-    const bool by_columns = pass == Pass::kColumns;
-    const int64_t count = by_columns ? column_blocks() : divided_up(matrix_.lines(), kLinesAtOnce);
+    const int64_t count = divided_up(matrix_.lines(), kLinesAtOnce);
     const int64_t wanted = std::clamp<int64_t>(matrix_.bytes() / kChunk, 1, kMostChunks);
-    per_chunk_ = std::max<int64_t>(1, divided_up(count, wanted));
-    chunks_ = divided_up(count, per_chunk_);
-    per_chunk_ *= by_columns ? kColumns : kLinesAtOnce;
-    const int64_t along = by_columns ? matrix_.elements() : matrix_.lines();
-    const int64_t across = by_columns ? matrix_.lines() : matrix_.elements();
-    if (pass != Pass::kTransposed) product_.resize(along * matrix_.width());
-    if (pass != Pass::kLines) parts_.resize(chunks_ * across * matrix_.width());
+    const int64_t per_chunk = std::max<int64_t>(1, divided_up(count, wanted));
+    chunks_ = divided_up(count, per_chunk);
+    lines_per_chunk_ = per_chunk * kLinesAtOnce;
+    if (pass != Pass::kTransposed) product_.resize(matrix_.lines() * matrix_.width());
+    if (pass != Pass::kLines) parts_.resize(chunks_ * matrix_.elements() * matrix_.width());
     return chunks_;
   }
 
   void chunk(int64_t c) {
     const PowerIterationKernels& k = kernels();
     const int type = matrix_.type();
-    const int64_t first = c * per_chunk_, width = matrix_.width();
-    if (pass_ == Pass::kColumns) {
-      char* part = cleared_part(c, matrix_.lines());
-      k.columns[type](matrix_.data, matrix_.lines(), matrix_.elements(), first,
-                      std::min(first + per_chunk_, matrix_.elements()), left_, product_.data(), part);
-      return;
-    }
-    const int64_t lines = std::min(per_chunk_, matrix_.lines() - first);
-    char* part = pass_ == Pass::kLines ? nullptr : cleared_part(c, matrix_.elements());
+    const int64_t first = c * lines_per_chunk_, width = matrix_.width();
+    const int64_t lines = std::min(lines_per_chunk_, matrix_.lines() - first);
+    char* part = pass_ == Pass::kLines ? nullptr : cleared_part(c);
     if (pass_ == Pass::kTransposed) {
       k.transposed[type](matrix_.line(first), lines, matrix_.elements(),
                          static_cast<const char*>(left_) + first * width, part);
@@ -176,33 +168,25 @@ class Iteration {
     }
   }
 
-  void finish() {
+  void finish(bool iterating) {
     switch (pass_) {
       case Pass::kBoth:
-        return finish_both(p(), q(), matrix_.lines(), matrix_.elements(), Pass::kTransposed);
-      case Pass::kColumns:
-        return finish_both(q(), p(), matrix_.elements(), matrix_.lines(), Pass::kLines);
+        return finish_both();
       case Pass::kTransposed:
-        normalize(sum_of_parts(matrix_.elements()), q());
+        normalize(sum_of_parts(), q());
         return;
       case Pass::kLines:
-        finish_second(product(matrix_.lines()), p());
-        return;
+        return finish_second(product(), p(), iterating);
     }
   }
 
-  // All of a pass, by this thread.
-  void run(Pass pass) {
-    const int64_t chunks = begin(pass);
-    for (int64_t c = 0; c < chunks; ++c) chunk(c);
-    finish();
-  }
-
-  // sigma = u^T W v of the vectors as they are.
-  void begin_value() { begin(Pass::kLines); }
-  void finish_value() {
-    const Doubles product = this->product(matrix_.lines());
-    sigma_ = kernels().dot(product.data(), p().values.data(), matrix_.lines());
+  // All passes, by this thread.
+  void run(int64_t n_iterations) {
+    for (int64_t i = 0; i < passes(n_iterations); ++i) {
+      const int64_t chunks = begin(pass(i, n_iterations));
+      for (int64_t c = 0; c < chunks; ++c) chunk(c);
+      finish(n_iterations > 0);
+    }
   }
 
   void scale(int64_t begin, int64_t end, char* out) const {
@@ -214,30 +198,20 @@ class Iteration {
   Vector& p() { return matrix_.transposed() ? v_ : u_; }
   Vector& q() { return matrix_.transposed() ? u_ : v_; }
 
-  int64_t column_blocks() const { return divided_up(matrix_.elements(), kColumns); }
-
-  // One pass by columns for both products, where a block of columns stays in the cache between them, and there are
-  // enough blocks for the threads; otherwise two passes by lines.
-  bool has_columns() const {
-    return !small() && bytes_of(matrix_.dtype) > 2 && matrix_.lines() * kColumns * matrix_.width() <= kColumnBlock &&
-           column_blocks() >= 8;
+  char* cleared_part(int64_t c) {
+    const int64_t bytes = matrix_.elements() * matrix_.width();
+    return static_cast<char*>(std::memset(parts_.data() + c * bytes, 0, bytes));
   }
 
-  char* cleared_part(int64_t c, int64_t n) {
-    char* part = parts_.data() + c * n * matrix_.width();
-    std::memset(part, 0, n * matrix_.width());
-    return part;
-  }
-
-  Doubles sum_of_parts(int64_t n) const {
-    Doubles sum(n);
-    kernels().sum_parts[matrix_.wide()](parts_.data(), chunks_, n, sum.data());
+  Doubles sum_of_parts() const {
+    Doubles sum(matrix_.elements());
+    kernels().sum_parts[matrix_.wide()](parts_.data(), chunks_, matrix_.elements(), sum.data());
     return sum;
   }
 
-  Doubles product(int64_t n) const {
-    Doubles values(n);
-    kernels().sum_parts[matrix_.wide()](product_.data(), 1, n, values.data());
+  Doubles product() const {
+    Doubles values(matrix_.lines());
+    kernels().sum_parts[matrix_.wide()](product_.data(), 1, matrix_.lines(), values.data());
     return values;
   }
 
@@ -256,24 +230,25 @@ class Iteration {
     return factor;
   }
 
-  void finish_second(const Doubles& product, Vector& x) {
-    normalize(product, x);
+  // sigma is the product with the vector that it is normalised into; without steps, with the vector as it was given.
+  void finish_second(const Doubles& product, Vector& x, bool iterating = true) {
+    if (iterating) normalize(product, x);
     sigma_ = kernels().dot(product.data(), x.values.data(), x.size());
   }
 
-  // The first product and, from the same pass, the second one, of the first before it was normalised.
-  void finish_both(Vector& first, Vector& second, int64_t n_first, int64_t n_second, Pass again) {
-    const double factor = normalize(product(n_first), first);
-    // Beyond these the products of products in the pass may have left the range of their type.
+  // W q and, from the same pass, W^T of it before it was normalised.
+  void finish_both() {
+    const double factor = normalize(product(), p());
+    // Beyond these the products of products may have left the range of their type: W^T p in a pass of its own.
     const double small = matrix_.wide() ? 1e-130 : 1e-16, large = matrix_.wide() ? 1e130 : 1e16;
     if (!(factor > small && factor < large)) {
-      begin(again);
+      begin(Pass::kTransposed);
       for (int64_t c = 0; c < chunks_; ++c) chunk(c);
-      return finish_second(again == Pass::kLines ? product(n_second) : sum_of_parts(n_second), second);
+      return finish_second(sum_of_parts(), q());
     }
-    Doubles product = sum_of_parts(n_second);
-    kernels().multiply(product.data(), n_second, factor);
-    finish_second(product, second);
+    Doubles product = sum_of_parts();
+    kernels().multiply(product.data(), q().size(), factor);
+    finish_second(product, q());
   }
 
   Matrix matrix_;
@@ -281,7 +256,7 @@ class Iteration {
   Vector u_, v_;
   bool lines_first_;
   Pass pass_ = Pass::kLines;
-  int64_t per_chunk_ = 1, chunks_ = 0;
+  int64_t lines_per_chunk_ = 1, chunks_ = 0;
   const void *left_ = nullptr, *right_ = nullptr;
   std::vector<char> product_, parts_;
 };
@@ -290,43 +265,22 @@ class Iteration {
 
 using Iterations = std::vector<Iteration*>;
 
-// One pass of several matrices; `of` says which, `finish` what follows.
-template <typename Of, typename Finish>
-void run_together(const Iterations& matrices, const Of& of, const Finish& finish) {
-  std::vector<std::pair<Iteration*, int64_t>> tasks;
-  for (Iteration* matrix : matrices) {
-    const int64_t chunks = matrix->begin(of(*matrix));
-    for (int64_t c = 0; c < chunks; ++c) tasks.emplace_back(matrix, c);
-  }
-  for_each_task(tasks.size(), [&](int64_t i) { tasks[i].first->chunk(tasks[i].second); });
-  for_each_task(matrices.size(), [&](int64_t i) { finish(*matrices[i]); });
-}
-
-void iterate_together(const Iterations& matrices, int64_t n_iterations) {
-  if (matrices.empty()) return;
+// The passes of matrices that all threads share.
+void run_together(const Iterations& matrices, int64_t n_iterations) {
   for (Iteration* matrix : matrices) matrix->prepare();
-  if (n_iterations == 0)
-    run_together(matrices, [](Iteration&) { return Pass::kLines; }, [](Iteration& m) { m.finish_value(); });
-  for (int64_t n = 0; n < n_iterations; ++n) {
-    for (size_t pass = 0; pass < 2; ++pass) {
-      Iterations taking;
-      for (Iteration* matrix : matrices)
-        if (pass < matrix->step().size()) taking.push_back(matrix);
-      if (taking.empty()) break;
-      run_together(taking, [&](Iteration& m) { return m.step()[pass]; }, [](Iteration& m) { m.finish(); });
+  for (int64_t i = 0;; ++i) {
+    Iterations taking;
+    std::vector<std::pair<Iteration*, int64_t>> tasks;
+    for (Iteration* matrix : matrices) {
+      if (i >= matrix->passes(n_iterations)) continue;
+      taking.push_back(matrix);
+      const int64_t chunks = matrix->begin(matrix->pass(i, n_iterations));
+      for (int64_t c = 0; c < chunks; ++c) tasks.emplace_back(matrix, c);
     }
+    if (taking.empty()) return;
+    for_each_task(tasks.size(), [&](int64_t t) { tasks[t].first->chunk(tasks[t].second); });
+    for_each_task(taking.size(), [&](int64_t t) { taking[t]->finish(n_iterations > 0); });
   }
-}
-
-void iterate_alone(Iteration& matrix, int64_t n_iterations) {
-  matrix.prepare();
-  if (n_iterations == 0) {
-    const int64_t chunks = matrix.begin(Pass::kLines);
-    for (int64_t c = 0; c < chunks; ++c) matrix.chunk(c);
-    matrix.finish_value();
-  }
-  for (int64_t n = 0; n < n_iterations; ++n)
-    for (const Pass pass : matrix.step()) matrix.run(pass);
 }
 
 // ---- checks ------------------------------------------------------------------------------------------------------
@@ -394,7 +348,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
     } else {
       large.push_back(&all[i]);
     }
-  iterate_together(large, n_iterations);
+  run_together(large, n_iterations);
   // The small ones, and the large ones' division.
   struct Division {
     size_t matrix;
@@ -411,7 +365,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
       all[part.matrix].scale(part.begin, part.end, out(part.matrix));
     } else {
       Iteration& matrix = all[small[t - n_divisions]];
-      iterate_alone(matrix, n_iterations);
+      matrix.prepare();
+      matrix.run(n_iterations);
       if (return_weights) matrix.scale(0, matrix.matrix().size(), out(small[t - n_divisions]));
     }
   };
@@ -548,7 +503,57 @@ Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const 
   return results;
 }
 
+// Some tens of microseconds of work, during which Python's lock is kept.
+constexpr int64_t kSmallWeight = int64_t{1} << 18;
+
+PyObject* tuple_of(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d) {
+  PyObject* const parts[] = {to_python(a), to_python(b), to_python(c), to_python(d)};
+  PyObject* const all = PyTuple_New(4);
+  bool complete = all;
+  for (int i = 0; i < 4; ++i) {
+    complete = complete && parts[i];
+    if (all) {
+      PyTuple_SET_ITEM(all, i, parts[i]);
+    } else {
+      Py_XDECREF(parts[i]);
+    }
+  }
+  if (complete) return all;
+  Py_XDECREF(all);
+  return nullptr;
+}
+
 }  // namespace
+
+PyObject* spectral_weight_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) Py_RETURN_NONE;
+  const auto dim = plain_int(args[3]), n_iterations = plain_int(args[4]);
+  const auto eps = plain_float(args[5]);
+  if (!dim || !n_iterations || !eps) Py_RETURN_NONE;
+  const Tensors inputs = small_plain_tensors(args, 3, kSmallWeight);
+  if (inputs.empty()) Py_RETURN_NONE;
+  std::optional<std::tuple<Tensor, Tensors, Tensors, Tensors>> found;
+  try {
+    found = power_iteration({inputs[0]}, {inputs[1]}, {inputs[2]}, {*dim}, *n_iterations, *eps, true, true);
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;  // the dispatcher's road will meet the error again
+  }
+  const auto& [sigma, normalized, u, v] = *found;
+  return tuple_of(normalized[0], sigma, u[0], v[0]);
+}
+
+PyObject* spectral_weight_backward_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return on_small_road([&]() -> std::optional<Tensor> {
+    if (count != 7) return {};
+    const auto dim = plain_int(args[5]);
+    const auto eps = plain_float(args[6]);
+    if (!dim || !eps) return {};
+    const Tensors inputs = small_plain_tensors(args, 5, kSmallWeight);
+    if (inputs.empty()) return {};
+    return power_iteration_backward({}, {inputs[0]}, {inputs[1]}, inputs[2], {inputs[3]}, {inputs[4]}, {*dim}, *eps)[0];
+  });
+}
+
 }  // namespace pygen
 
 STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, m) {

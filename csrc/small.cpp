@@ -15,7 +15,7 @@ namespace {
 
 // Owned references for as long as the process lives: torch cannot be unloaded.
 struct Questions {
-  PyTypeObject* tensor;
+  PyTypeObject *tensor, *parameter;
   PyObject *requires_grad, *is_neg, *grad_enabled;
   PyObject *forward_ad, *level;  // a module's dictionary and a name in it
   PyObject* watchers[6];         // functions; each says 0 or False where nobody watches
@@ -40,6 +40,7 @@ PyObject* look_up(std::initializer_list<const char*> names) {
 Questions look_up_all() {
   Questions all;
   all.tensor = reinterpret_cast<PyTypeObject*>(look_up({"Tensor"}));
+  all.parameter = reinterpret_cast<PyTypeObject*>(look_up({"nn", "Parameter"}));
   all.requires_grad = look_up({"Tensor", "requires_grad"});
   if (!Py_TYPE(all.requires_grad)->tp_descr_get) throw py::type_error("torch.Tensor.requires_grad");
   all.is_neg = look_up({"Tensor", "is_neg"});
@@ -98,19 +99,20 @@ bool needs_gradient(PyObject* x) {
 }
 
 // Elements in strided CPU memory, and few of them.
-bool is_small(const Tensor& x) {
+bool is_small(const Tensor& x, int64_t most) {
   int32_t layout;  // Tensor::layout() takes three times as long as this
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
-  return layout == aoti_torch_layout_strided() && x.is_cpu() && x.numel() <= kSmall;
+  return layout == aoti_torch_layout_strided() && x.is_cpu() && x.numel() <= most;
 }
 
-std::optional<Tensor> find(PyObject* x) {
+// `watched`: whether somebody watches has been asked already.
+std::optional<Tensor> find(PyObject* x, int64_t most, bool watched) {
   if (needs_gradient(x)) return {};
   const AtenTensorHandle handle = to_handle(*ask, x);
   if (!handle) return {};
   Tensor found(handle);
   // Big tensors turn back here, after a quarter of a microsecond.
-  if (!is_small(found) || !nobody_watches()) return {};
+  if (!is_small(found, most) || !(watched || nobody_watches())) return {};
   // The imaginary part of a conjugate is negated only when somebody reads it: not in memory. A tensor of zeros that torch
   // knows to be zeros has no memory, nor has one without elements.
   if (!is_no(call(ask->is_neg, x)) || !found.const_data_ptr()) return {};
@@ -133,13 +135,33 @@ std::optional<Tensor> small_plain_tensor(PyObject* x) {
   // A subclass may mean anything by itself.
   if (!ask || !is_open || Py_TYPE(x) != ask->tensor) return {};
   try {
-    auto found = find(x);
+    auto found = find(x, kSmall, false);
     if (!found) PyErr_Clear();
     return found;
   } catch (const std::exception&) {
     PyErr_Clear();
     return {};
   }
+}
+
+std::vector<Tensor> small_plain_tensors(PyObject* const* x, size_t count, int64_t most) {
+  std::vector<Tensor> all;
+  if (!ask || !is_open) return all;
+  try {
+    for (size_t i = 0; i < count; ++i) {
+      if (Py_TYPE(x[i]) != ask->tensor && Py_TYPE(x[i]) != ask->parameter) return {};
+      const auto found = find(x[i], most, i > 0);
+      if (!found) {
+        PyErr_Clear();
+        return {};
+      }
+      all.push_back(*found);
+    }
+  } catch (const std::exception&) {
+    PyErr_Clear();
+    return {};
+  }
+  return all;
 }
 
 PyObject* to_python(const Tensor& y) { return from_handle(*ask, y.get()); }
@@ -149,6 +171,10 @@ std::optional<int64_t> plain_int(PyObject* value) {
   if (!PyLong_CheckExact(value)) return {};
   const int64_t found = PyLong_AsLongLongAndOverflow(value, &overflow);
   return overflow ? std::nullopt : std::optional(found);
+}
+
+std::optional<double> plain_float(PyObject* value) {
+  return PyFloat_CheckExact(value) ? std::optional(PyFloat_AS_DOUBLE(value)) : std::nullopt;
 }
 
 std::optional<bool> plain_bool(PyObject* value) {

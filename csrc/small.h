@@ -7,6 +7,7 @@
 
 #include <exception>
 #include <optional>
+#include <vector>
 
 #include "tensor.h"
 
@@ -27,11 +28,15 @@ bool open_small_road(bool open);
 // Leaves no Python exception behind: whatever is odd about x, the dispatcher's road says it better.
 std::optional<Tensor> small_plain_tensor(PyObject* x);
 
+// The same of several tensors or torch.nn.Parameters, with `most` elements at most: empty unless all of them are.
+std::vector<Tensor> small_plain_tensors(PyObject* const* x, size_t count, int64_t most);
+
 // y as a torch.Tensor; nullptr and a Python exception if that fails.
 PyObject* to_python(const Tensor& y);
 
 std::optional<int64_t> plain_int(PyObject* value);
 std::optional<bool> plain_bool(PyObject* value);
+std::optional<double> plain_float(PyObject* value);
 
 // What `run` returns: a tensor, or nothing for "take the dispatcher's road", which is None in Python. So is an error: the
 // dispatcher's road will meet it again.
@@ -48,5 +53,10 @@ PyObject* on_small_road(Run run) {
 
 // METH_FASTCALL functions that take the operator's arguments.
 PyObject* cumax_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
+
+// (weight, u, v, dim, n_iterations, eps) -> (weight / sigma, sigma (1,), u, v), u before v.
+PyObject* spectral_weight_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
+// (grad, weight, sigma, u, v, dim, eps) -> the weight's gradient.
+PyObject* spectral_weight_backward_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace pygen

@@ -1,7 +1,9 @@
 // Products of a matrix with vectors from both sides. Called by csrc/power_iteration.cpp.
 //
 // The matrix is what costs: it comes from memory, vectors lie in the first- and second-level caches. Lines are taken
-// kLines at a time: so many sums are under way at once, and a vector is read once for all of them.
+// kLines at a time: so many sums are under way at once, and a vector is read once for all of them. A block of columns for
+// the products in the other order (W^T p before W q) was no faster than two passes: its second reading, from the
+// second-level cache, took as long as the first.
 #include "power_iteration.h"
 
 #include "vec.h"
@@ -14,8 +16,6 @@ namespace {
 constexpr int kLines = PYGEN_VECTOR_BYTES == 64 ? 8 : 4;
 // 16-bit lines are widened piece by piece, kLines of them into 32 KB.
 constexpr int64_t kPiece = 1024;
-// How many lines ahead `columns` asks for: the hardware does not follow a jump from line to line.
-constexpr int64_t kAhead = 12;
 
 PYGEN_INLINE float sum_of(f32v v) { return static_cast<float>(sum_of_lanes(low_half(v) + high_half(v))); }
 PYGEN_INLINE double sum_of(f64v v) { return sum_of_lanes(v); }
@@ -119,55 +119,6 @@ void transposed(const void* data, int64_t count, int64_t n, const void* p, void*
   int64_t i = 0;
   for (; i + kLines <= count; i += kLines) add<kLines>(w + i * n, n, left + i, static_cast<C*>(t));
   for (; i < count; ++i) add<1>(w + i * n, n, left + i, static_cast<C*>(t));
-}
-
-// A whole block of kColumns columns: q = W^T p, sums += W q.
-template <typename C>
-void column_block(const C* w, int64_t count, int64_t n, const C* p, C* q, C* sums) {
-  using V = typename VecOf<C>::vec;
-  constexpr int lanes = VecOf<C>::lanes, width = kColumns / lanes;
-  V t[width] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const C* line = w + i * n;
-    for (int b = 0; b < static_cast<int>(kColumns * sizeof(C)); b += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(line + kAhead * n) + b);
-    const V factor = splat(p[i]);
-    for (int k = 0; k < width; ++k) t[k] += load(line + k * lanes) * factor;
-  }
-  for (int k = 0; k < width; ++k) store(q + k * lanes, t[k]);
-  for (int64_t i = 0; i < count; ++i) {
-    V sum = load(w + i * n) * t[0];
-    for (int k = 1; k < width; ++k) sum += load(w + i * n + k * lanes) * t[k];
-    sums[i] += sum_of(sum);
-  }
-}
-
-// Fewer columns than a block's.
-template <typename C>
-void column_rest(const C* w, int64_t count, int64_t n, int64_t m, const C* p, C* q, C* sums) {
-  for (int64_t j = 0; j < m; ++j) q[j] = 0;
-  for (int64_t i = 0; i < count; ++i) add_lines<1>(w + i * n, n, m, p + i, q);
-  for (int64_t i = 0; i < count; ++i) {
-    typename VecOf<C>::vec sum = {};
-    dot_lines<1>(w + i * n, n, m, q, &sum);
-    sums[i] += sum_of(sum);
-  }
-}
-
-template <typename T>
-void columns(const void* data, int64_t count, int64_t n, int64_t begin, int64_t end, const void* p, void* q,
-             void* sums) {
-  using C = compute_t<T>;
-  const C* w = static_cast<const C*>(data);
-  const C* left = static_cast<const C*>(p);
-  C *right = static_cast<C*>(q), *sum = static_cast<C*>(sums);
-  for (int64_t j = begin; j < end; j += kColumns) {
-    if (j + kColumns <= end) {
-      column_block(w + j, count, n, left, right + j, sum);
-    } else {
-      column_rest(w + j, count, n, end - j, left, right + j, sum);
-    }
-  }
 }
 
 // f(i, m, to) computes the elements [i, i + m) of out into `to`: their place, or, of the 16-bit types, a buffer.
@@ -282,11 +233,9 @@ double norm(const double* x, int64_t n) {
 
 }  // namespace
 
-// 16-bit matrices have no `columns`: they are read twice.
 extern const PowerIterationKernels power_iteration_kernels = {
     {lines<float>, lines<double>, lines<bf16>, lines<f16>},
     {transposed<float>, transposed<double>, transposed<bf16>, transposed<f16>},
-    {columns<float>, columns<double>, nullptr, nullptr},
     {scale<float>, scale<double>, scale<bf16>, scale<f16>},
     {inner<float>, inner<double>, inner<bf16>, inner<f16>},
     {combine<float>, combine<double>, combine<bf16>, combine<f16>},

@@ -15,10 +15,6 @@ struct PowerIterationKernels {
   void (*lines[kFloatTypes])(const void* w, int64_t lines, int64_t elements, const void* q, void* p, void* t);
   // t += p[i] W_i.
   void (*transposed[kFloatTypes])(const void* w, int64_t lines, int64_t elements, const void* p, void* t);
-  // In the columns [begin, end): q = W^T p, and sums[i] += W_i . q; begin is a multiple of kColumns. Blocks of columns
-  // are small enough to be still in the cache when they are read for the second time.
-  void (*columns[kFloatTypes])(const void* w, int64_t lines, int64_t elements, int64_t begin, int64_t end,
-                               const void* p, void* q, void* sums);
   // out[i] = x[i] * factor.
   void (*scale[kFloatTypes])(const void* x, int64_t n, double factor, void* out);
   // sum_i a[i] b[i]
@@ -36,9 +32,6 @@ struct PowerIterationKernels {
   double (*dot)(const double* x, const double* y, int64_t n);
   void (*multiply)(double* x, int64_t n, double factor);
 };
-
-// Width of the blocks of `columns`.
-constexpr int64_t kColumns = 64;
 
 PYGEN_DECLARE_KERNELS(PowerIterationKernels, power_iteration_kernels)
 

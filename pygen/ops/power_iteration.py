@@ -41,13 +41,13 @@ def _backward(ctx, grad_sigma, grads, *_):
     if grad_sigma is not None:
         absent = weights[0].new_empty(0)
         given = [absent if g is None else g for g in grads]
-        found = list(_power_iteration_backward(grad_sigma, given, weights, sigma, us, vs, ctx.dims, ctx.eps))
+        found = list(power_iteration_backward(grad_sigma, given, weights, sigma, us, vs, ctx.dims, ctx.eps))
     elif asked := [i for i, g in enumerate(grads) if g is not None]:
         if len(asked) < n:
             sigma = sigma[asked]
             weights, us, vs = ([tensors[i] for i in asked] for tensors in (weights, us, vs))
         dims = [ctx.dims[i] for i in asked]
-        parts = _power_iteration_backward(None, [grads[i] for i in asked], weights, sigma, us, vs, dims, ctx.eps)
+        parts = power_iteration_backward(None, [grads[i] for i in asked], weights, sigma, us, vs, dims, ctx.eps)
         for i, grad in zip(asked, parts, strict=True):
             found[i] = grad
     return found, none, none, None, None, None, None, None
@@ -86,7 +86,7 @@ def _vmap_backward(info, in_dims, grad_sigma, grads, weights, sigma, us, vs, dim
         return (tensor.expand(n, -1) if dim is None else tensor.movedim(dim, 0)).flatten()
 
     lists = [_listed(n, t, d) for t, d in zip((grads, weights, us, vs), (*in_dims[1:3], *in_dims[4:6]), strict=True)]
-    results = _power_iteration_backward(
+    results = power_iteration_backward(
         flat(grad_sigma, in_dims[0]),
         lists[0],
         lists[1],
@@ -102,7 +102,7 @@ def _vmap_backward(info, in_dims, grad_sigma, grads, weights, sigma, us, vs, dim
 
 _second_setup, _second_backward = derivative_through_reference(reference.power_iteration_backward)
 
-_power_iteration_backward: Callable[..., Any] = operator(
+power_iteration_backward: Callable[..., Any] = operator(
     "power_iteration_backward",
     Rules(
         "power_iteration",
