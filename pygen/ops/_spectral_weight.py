@@ -1,5 +1,5 @@
-"""A weight divided by its spectral norm, u and v brought up to date in place: what `pygen.nn.utils.spectral_norm` does at
-every forward of a layer. The arithmetic is that of `pygen.ops.power_iteration`."""
+"""A weight divided by its spectral norm, u and v brought up to date in place: what `pygen.nn.utils.spectral_norm` does
+at every forward of a layer. The arithmetic is that of `pygen.ops.power_iteration`."""
 
 from typing import Any
 
