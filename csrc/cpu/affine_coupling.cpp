@@ -199,12 +199,23 @@ PYGEN_INLINE V transformed(V x, V s, V t) {
   return shift_first ? (x + t) * s : x * s + t;
 }
 
+// What the loops below read and write: kChunk elements at most.
+template <typename T>
+struct Chunk {
+  const T *x, *scale, *shift;
+  T *y, *log_s;    // forward
+  const T *g, *l;  // backward
+  T *dx, *da;
+  T clamp;
+};
+
+// The loops of one map in one order and direction: a template, so that their bodies have no branch. kSideBySide vectors
+// at a time; n is a multiple of theirs.
 template <ScaleMap map, bool shift_first, bool inverse, typename T>
-void forward_mode(const T* __restrict x, const T* __restrict scale, const T* __restrict shift, T* __restrict y,
+void forward_loop(const T* __restrict x, const T* __restrict scale, const T* __restrict shift, T* __restrict y,
                   T* __restrict log_s, int64_t n, T clamp) {
   constexpr int lanes = VecOf<T>::lanes;
-  int64_t i = 0;
-  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+  for (int64_t i = 0; i < n; i += kSideBySide * lanes) {
 #pragma GCC unroll 4
     for (int k = 0; k < kSideBySide; ++k) {
       const int64_t at = i + k * lanes;
@@ -213,62 +224,86 @@ void forward_mode(const T* __restrict x, const T* __restrict scale, const T* __r
       store(y + at, transformed<shift_first, inverse>(load(x + at), scaling.s, load(shift + at)));
     }
   }
-  for (; i < n; i += lanes) {
-    const auto scaling = scale_of<map>(read(scale, i, n), clamp);
-    write(log_s, i, n, scaling.log_s);
-    write(y, i, n, transformed<shift_first, inverse>(read(x, i, n), scaling.s, read(shift, i, n)));
-  }
 }
 
 // forward: dx = g s, da = (g s w + l) d log s; inverse: dx = g / s, da = -(g w / s + l) d log s; w is what s multiplies,
 // l the gradient of the log-determinant.
 template <ScaleMap map, bool shift_first, bool inverse, typename T>
-void backward_mode(const T* __restrict g, const T* __restrict l, const T* __restrict x, const T* __restrict scale,
+void backward_loop(const T* __restrict g, const T* __restrict l, const T* __restrict x, const T* __restrict scale,
                    const T* __restrict shift, T* __restrict dx, T* __restrict da, int64_t n, T clamp) {
   constexpr int lanes = VecOf<T>::lanes;
   constexpr bool needs_shift = shift_first != inverse;
-  const auto one = [=](auto scaling, auto g, auto l, auto x, auto t, auto& dx, auto& da)
-                       __attribute__((always_inline)) {
-                         const auto w = needs_shift ? (inverse ? x - t : x + t) : x;
-                         dx = inverse ? g / scaling.s : g * scaling.s;
-                         da = (inverse ? -(dx * w + l) : dx * w + l) * scaling.slope;
-                       };
-  int64_t i = 0;
-  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+  for (int64_t i = 0; i < n; i += kSideBySide * lanes) {
 #pragma GCC unroll 4
     for (int k = 0; k < kSideBySide; ++k) {
       const int64_t at = i + k * lanes;
-      typename VecOf<T>::vec dx_at, da_at;
-      one(scale_and_slope_of<map>(load(scale + at), clamp), load(g + at), load(l + at), load(x + at),
-          needs_shift ? load(shift + at) : load(x + at), dx_at, da_at);
+      const auto scaling = scale_and_slope_of<map>(load(scale + at), clamp);
+      auto w = load(x + at);
+      if constexpr (needs_shift) w = inverse ? w - load(shift + at) : w + load(shift + at);
+      const auto dx_at = inverse ? load(g + at) / scaling.s : load(g + at) * scaling.s;
       store(dx + at, dx_at);
-      store(da + at, da_at);
+      store(da + at, (inverse ? -(dx_at * w + load(l + at)) : dx_at * w + load(l + at)) * scaling.slope);
     }
   }
-  for (; i < n; i += lanes) {
-    typename VecOf<T>::vec dx_at, da_at;
-    one(scale_and_slope_of<map>(read(scale, i, n), clamp), read(g, i, n), read(l, i, n), read(x, i, n),
-        needs_shift ? read(shift, i, n) : read(x, i, n), dx_at, da_at);
-    write(dx, i, n, dx_at);
-    write(da, i, n, da_at);
-  }
 }
 
-// The mode is a template parameter so that the loops' bodies have no branch; this is where it becomes one.
-#define PYGEN_BY_MODE(task, function, ...)                                                                      \
-  (task).inverse                                                                                                \
-      ? ((task).shift_first ? function<map, true, true>(__VA_ARGS__) : function<map, false, true>(__VA_ARGS__)) \
-      : ((task).shift_first ? function<map, true, false>(__VA_ARGS__) : function<map, false, false>(__VA_ARGS__))
-
-template <ScaleMap map, typename T>
-void forward_chunk(const T* x, const T* scale, const T* shift, T* y, T* log_s, int64_t n, const CouplingTask& task) {
-  PYGEN_BY_MODE(task, forward_mode, x, scale, shift, y, log_s, n, static_cast<T>(task.clamp));
+template <ScaleMap map, bool shift_first, bool inverse, typename T>
+void forward_on(const Chunk<T>& c, int64_t n) {
+  forward_loop<map, shift_first, inverse>(c.x, c.scale, c.shift, c.y, c.log_s, n, c.clamp);
 }
 
+template <ScaleMap map, bool shift_first, bool inverse, typename T>
+void backward_on(const Chunk<T>& c, int64_t n) {
+  backward_loop<map, shift_first, inverse>(c.g, c.l, c.x, c.scale, c.shift, c.dx, c.da, n, c.clamp);
+}
+
+template <typename T>
+using Loop = void (*)(const Chunk<T>&, int64_t n);
+
+// One map's loops by order and direction: [shift_first][inverse].
+template <typename T>
+struct Loops {
+  Loop<T> of[2][2];
+};
+
 template <ScaleMap map, typename T>
-void backward_chunk(const T* g, const T* l, const T* x, const T* scale, const T* shift, T* dx, T* da, int64_t n,
-                    const CouplingTask& task) {
-  PYGEN_BY_MODE(task, backward_mode, g, l, x, scale, shift, dx, da, n, static_cast<T>(task.clamp));
+constexpr Loops<T> kForwardLoops = {{{forward_on<map, false, false, T>, forward_on<map, false, true, T>},
+                                     {forward_on<map, true, false, T>, forward_on<map, true, true, T>}}};
+template <ScaleMap map, typename T>
+constexpr Loops<T> kBackwardLoops = {{{backward_on<map, false, false, T>, backward_on<map, false, true, T>},
+                                      {backward_on<map, true, false, T>, backward_on<map, true, true, T>}}};
+
+// The last elements of a chunk, too few for its loop, go through buffers that are as long as it needs: a second loop for
+// them would be as much code again.
+template <typename T>
+__attribute__((noinline)) void run_rest(Loop<T> loop, Chunk<T> chunk, int64_t start, int64_t rest) {
+  constexpr int64_t block = kSideBySide * VecOf<T>::lanes;
+  T buffers[9][block] = {};
+  int used = 0;
+  const auto in = [&](const T*& p) {
+    if (!p) return;
+    memcpy(buffers[used], p + start, rest * sizeof(T));
+    p = buffers[used++];
+  };
+  in(chunk.x), in(chunk.scale), in(chunk.shift), in(chunk.g), in(chunk.l);
+  T *results[2], *places[2];
+  int count = 0;
+  const auto out = [&](T*& p) {
+    if (!p) return;
+    results[count] = p + start;
+    p = places[count++] = buffers[used++];
+  };
+  out(chunk.y), out(chunk.log_s), out(chunk.dx), out(chunk.da);
+  loop(chunk, block);
+  for (int i = 0; i < count; ++i) memcpy(results[i], places[i], rest * sizeof(T));
+}
+
+template <typename T>
+PYGEN_INLINE void run(Loop<T> loop, const Chunk<T>& chunk, int64_t n) {
+  constexpr int64_t block = kSideBySide * VecOf<T>::lanes;
+  const int64_t whole = n / block * block;
+  if (whole > 0) loop(chunk, whole);
+  if (whole < n) run_rest(loop, chunk, whole, n - whole);
 }
 
 template <typename T>
@@ -383,9 +418,10 @@ void copy_passive(const CouplingTask& task, const Block& block) {
   }
 }
 
-template <typename In, ScaleMap map>
-void forward(const CouplingTask& task, int64_t begin, int64_t end) {
+template <typename In>
+void forward_with(const Loops<compute_t<In>>& loops, const CouplingTask& task, int64_t begin, int64_t end) {
   using T = compute_t<In>;
+  const Loop<T> loop = loops.of[task.shift_first][task.inverse];
   alignas(64) T x_buffer[kChunk], scale_buffer[kChunk], shift_buffer[kChunk], y_buffer[kChunk], log_s[kChunk];
   const double sign = task.inverse ? -1 : 1;
   for (int64_t index = begin; index < end; ++index) {
@@ -393,8 +429,12 @@ void forward(const CouplingTask& task, int64_t begin, int64_t end) {
     if (task.passive_size > 0) copy_passive<In>(task, block);
     over_chunks(task, block, [&](const Span& span) {
       T* computed = place<In>(task.y, span, y_buffer);
-      forward_chunk<map>(fetch<In>(task.x, span, x_buffer), fetch<In>(task.scale, span, scale_buffer),
-                         fetch<In>(task.shift, span, shift_buffer), computed, log_s, span.size(), task);
+      Chunk<T> chunk{};
+      chunk.x = fetch<In>(task.x, span, x_buffer);
+      chunk.scale = fetch<In>(task.scale, span, scale_buffer);
+      chunk.shift = fetch<In>(task.shift, span, shift_buffer);
+      chunk.y = computed, chunk.log_s = log_s, chunk.clamp = static_cast<T>(task.clamp);
+      run(loop, chunk, span.size());
       finish<In>(computed, y_buffer, task.y, span);
       double* log_det = task.log_det + span.sample * task.parts + span.start / task.part_size;
       for (int64_t s = 0; s < span.samples; ++s)
@@ -414,9 +454,10 @@ void copy_signed(const T* __restrict grad, bool negative, int64_t n, T* __restri
   }
 }
 
-template <typename In, ScaleMap map>
-void backward(const CouplingTask& task, int64_t begin, int64_t end) {
+template <typename In>
+void backward_with(const Loops<compute_t<In>>& loops, const CouplingTask& task, int64_t begin, int64_t end) {
   using T = compute_t<In>;
+  const Loop<T> loop = loops.of[task.shift_first][task.inverse];
   alignas(64) T x_buffer[kChunk], scale_buffer[kChunk], shift_buffer[kChunk], grad_buffer[kChunk], l[kChunk];
   alignas(64) T dx_buffer[kChunk], da_buffer[kChunk], dt_buffer[kChunk];
   const T* grad_log_det = static_cast<const T*>(task.grad_log_det);
@@ -434,8 +475,12 @@ void backward(const CouplingTask& task, int64_t begin, int64_t end) {
       const T* g = fetch<In>(task.grad_y, span, grad_buffer);
       T* dx = place<In>(task.y, span, dx_buffer);
       T* da = place<In>(task.grad_scale, span, da_buffer);
-      backward_chunk<map>(g, l, fetch<In>(task.x, span, x_buffer), fetch<In>(task.scale, span, scale_buffer),
-                          needs_shift ? fetch<In>(task.shift, span, shift_buffer) : nullptr, dx, da, span.size(), task);
+      Chunk<T> chunk{};
+      chunk.g = g, chunk.l = l, chunk.dx = dx, chunk.da = da, chunk.clamp = static_cast<T>(task.clamp);
+      chunk.x = fetch<In>(task.x, span, x_buffer);
+      chunk.scale = fetch<In>(task.scale, span, scale_buffer);
+      if (needs_shift) chunk.shift = fetch<In>(task.shift, span, shift_buffer);
+      run(loop, chunk, span.size());
       // The log-determinant does not depend on x, not even where an infinite scale makes 0 s a NaN.
       if (!of_y) memset(dx, 0, span.size() * sizeof(T));
       if (task.grad_shift.data) {
@@ -447,6 +492,16 @@ void backward(const CouplingTask& task, int64_t begin, int64_t end) {
       finish<In>(da, da_buffer, task.grad_scale, span);
     });
   }
+}
+
+template <typename In, ScaleMap map>
+void forward(const CouplingTask& task, int64_t begin, int64_t end) {
+  forward_with<In>(kForwardLoops<map, compute_t<In>>, task, begin, end);
+}
+
+template <typename In, ScaleMap map>
+void backward(const CouplingTask& task, int64_t begin, int64_t end) {
+  backward_with<In>(kBackwardLoops<map, compute_t<In>>, task, begin, end);
 }
 
 // ---- the table -------------------------------------------------------------------------------------------------------
