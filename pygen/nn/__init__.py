@@ -1,12 +1,13 @@
-"""Modules on top of pygen.ops: flow transforms, their conditioners and masks; vector quantisers."""
+"""Modules on top of pygen.ops: flow transforms, their conditioners and masks; vector quantisers; spectral norms."""
 
-from pygen.nn import convert
+from pygen.nn import convert, utils
 from pygen.nn._codebook_sync import assert_codebooks_equal, packed_codebook_updates
 from pygen.nn.actnorm import ActNorm
 from pygen.nn.conditioners import MLP, ConvNet
 from pygen.nn.convolution import ActNormConv1x1, InvertibleConv1x1
 from pygen.nn.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
 from pygen.nn.glow import ConvPrior, GlowStep
+from pygen.nn.invertible_residual import FixedPoint, InvertibleResidual
 from pygen.nn.multiscale import Multiscale, Squeeze
 from pygen.nn.product_vq import ProductVQ
 from pygen.nn.residual_vq import ResidualVQ
@@ -23,8 +24,10 @@ __all__ = [
     "AffineCoupling",
     "ConvNet",
     "ConvPrior",
+    "FixedPoint",
     "GlowStep",
     "InvertibleConv1x1",
+    "InvertibleResidual",
     "Multiscale",
     "Permutation",
     "ProductVQ",
@@ -41,4 +44,5 @@ __all__ = [
     "checkerboard_mask",
     "convert",
     "packed_codebook_updates",
+    "utils",
 ]
