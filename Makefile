@@ -61,7 +61,7 @@ bench: $(VENV)/installed
 	$(BIN)/pygen bench --peers --json bench.json --plot bench.png
 
 docs: $(VENV)/installed
-	$(BIN)/python -m pytest --doctest-modules pygen/ops pygen/backends.py pygen/models pygen/nn pygen/data pygen/ssa
+	$(BIN)/python -m pytest --doctest-modules pygen/ops pygen/backends.py pygen/models pygen/nn pygen/functional pygen/data pygen/ssa
 
 # ---- where a GPU is at hand ----------------------------------------------------------------------------------------
 test-gpu:

@@ -85,7 +85,7 @@ def _saved_data(saved: dict[str, Any]) -> datasets.Dataset:
 @app.command()
 def train(
     model: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(sorted(models.MODELS))}.")] = None,
-    data: Annotated[str, typer.Option(help="digits, a .npz or IDX file, or a folder of images.")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, moons, a .npz or IDX file, a folder of images.")] = "digits",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/MODEL-DATA]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: 100, or until --minutes]")] = None,
@@ -127,7 +127,8 @@ def train(
             raise ValueError(f"which model? pygen train MODEL, one of: {', '.join(sorted(models.MODELS))}")
         models.check_name(model)
         dataset = datasets.load(data, levels=levels, size=size)
-        settings = training.TrainConfig(**({"epochs": None if minutes else 100} | given))
+        usual = {"epochs": None if minutes else 100} | dict(models.MODELS[model].train_defaults)
+        settings = training.TrainConfig(**(usual | given))
         torch.manual_seed(settings.seed)
         arguments = models.MODELS[model].arguments_for(dataset) | _model_options(options or [])
         network, run = models.create(model, arguments), out or Path("runs") / f"{model}-{dataset.name}"
@@ -169,13 +170,16 @@ def _report(model: models.Model, dataset: datasets.Dataset, result: Any) -> None
     if result.interrupted:
         console.print(f"interrupted after {result.steps} steps; continue with: pygen train --resume {result.run_dir}")
         return
-    test = training.evaluate(model, dataset.test)
+    tensors = dataset.tensors("test", labelled=model.labelled)
+    test = training.evaluate(model, *tensors)
     measured = "".join(
-        f", {name.replace('_', ' ')} {value:.4g}" for name, value in training.measure(model, dataset.test).items()
+        f", {name.replace('_', ' ')} {value:.4g}" for name, value in training.measure(model, *tensors).items()
     )
     files = ["best.safetensors", "last.safetensors", "metrics.csv", *(path.name for path in pictures)]
-    can_sample = hasattr(model, "sample")
-    following = f"{result.run_dir}, and with --interpolate 8" if can_sample else f"{result.run_dir} --reconstruct 64"
+    can_sample = hasattr(model, "sample") and "sample" not in model.cannot
+    following = f"{result.run_dir}" if can_sample else f"{result.run_dir} --reconstruct 64"
+    if can_sample and hasattr(model, "interpolate"):
+        following += ", and with --interpolate 8"
     console.print(
         f"{result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s; validation {result.best_valid:.4f}, "
         f"test {test:.4f} {model.loss_unit}{measured}\n{result.run_dir}: {', '.join(files)}\n"
@@ -193,7 +197,7 @@ def sample(
         int | None, typer.Option(help="Instead: so many rows, each from one test sample to another.", min=1)
     ] = None,
     reconstruct: Annotated[
-        int | None, typer.Option(help="Instead: what a VQ-VAE makes of so many test samples.", min=1)
+        int | None, typer.Option(help="Instead: what a VQ-VAE or an IResNet makes of so many test samples.", min=1)
     ] = None,
     plot: Annotated[
         Path | None,
@@ -238,7 +242,7 @@ def sample(
 
         plot = plot or folder / f"{name}.png"
         if reconstruct is not None:
-            _plots.save_reconstructions(plot, test, x, model.levels)
+            _plots.save_reconstructions(plot, test, x, model.levels, below=model.reconstruction)
         else:
             save = _plots.save_samples if interpolate is None else _plots.save_interpolations
             save(plot, x, model.levels)
@@ -254,8 +258,9 @@ _CANNOT = {
 
 
 def _check_can(model: models.Model, what: str) -> None:
-    if not hasattr(model, what):
-        raise ValueError(f"a {model.name} {_CANNOT[what]}")
+    if what in model.cannot or not hasattr(model, what):
+        article = "an" if model.name[0] in "aeiou" else "a"
+        raise ValueError(f"{article} {model.name} {model.cannot.get(what, _CANNOT[what])}")
 
 
 def _test_samples(run: Path, n: int, option: str, purpose: str, seed: int) -> torch.Tensor:

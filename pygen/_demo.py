@@ -101,6 +101,7 @@ def _next_run(out: Path) -> Path:
 
 def _compare(console: Console, flows: Mapping[str, models.Flow], digits: data.Dataset) -> None:
     """Print test bits per dimension of the baselines and the flows, all of the same images on the same scale."""
+    assert digits.levels is not None
     baselines = {
         "Gaussian, full covariance": FullGaussian(digits.train).bits_per_dim(digits.test).mean().item(),
         "histogram of every pixel": PixelHistogram(digits.train, digits.levels).bits_per_dim(digits.test).mean().item(),

@@ -1,6 +1,7 @@
 """The pictures that the `pygen` command writes: grids of images, codebook usage, bars of times. Needs matplotlib."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pygen.models.iresnet import NotConverged
+
 INK, OURS, OTHER = "#22303c", "#0b7a75", "#b8c1c9"
 _GAP = 1  # pixels between the images of a grid
 _PAIR_GAP = 5
 _PAIR_COLUMNS, _PAIRS = 16, 64  # of reconstructions
+_BINS, _CELLS, _POINTS = 80, 120, 2000  # of a histogram and of a density along an axis; samples beside them
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -123,13 +127,16 @@ def save_interpolations(path: Path, x: Tensor, levels: int | None) -> None:
     _save(figure, path)
 
 
-def save_reconstructions(path: Path, x: Tensor, reconstructions: Tensor, levels: int | None) -> None:
+def save_reconstructions(
+    path: Path, x: Tensor, reconstructions: Tensor, levels: int | None, *, below: str = "what the codes keep of it"
+) -> None:
     """Write rows of samples, each above the row of its reconstructions.
 
     Args:
         path: file; its folder is created.
         x, reconstructions: (N, C, H, W) integers with 1 or 3 channels.
         levels: how many values an element has.
+        below: what to call the reconstructions.
 
     Raises:
         ValueError: samples of a shape that has no picture.
@@ -139,7 +146,7 @@ def save_reconstructions(path: Path, x: Tensor, reconstructions: Tensor, levels:
     assert levels is not None
     picture = pairs_grid(x, reconstructions, levels, min(len(x), _PAIR_COLUMNS))
     figure, axes = _figure(9.0, 0.3 + 9.0 * picture.shape[0] / picture.shape[1])
-    axes[0, 0].set_title("above: test data; below: what the codes keep of it", color=INK)
+    axes[0, 0].set_title(f"above: test data; below: {below}", color=INK)
     _show(axes[0, 0], picture)
     _save(figure, path)
 
@@ -178,6 +185,54 @@ def save_codebook(path: Path, counts: Tensor, history: Sequence[Mapping[str, flo
     _save(figure, path)
 
 
+def save_scores(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write how an adversarial training went: the discriminator's scores of data and samples, and their distance.
+
+    Args:
+        path: file; its folder is created.
+        history: rows of metrics.csv, with `score_real` and `score_fake`; those without a validation are left out.
+    """
+    rows = [row for row in history if math.isfinite(row["score_real"])]
+    steps = [row["step"] for row in rows]
+    marker = "." if len(rows) < 10 else ""
+    figure, axes = _figure(9.6, 3.4, 2)
+    scores, distance = axes[0]
+    for name, label, colour in (("score_real", "of real data", OTHER), ("score_fake", "of samples", OURS)):
+        scores.plot(steps, [row[name] for row in rows], color=colour, marker=marker, label=label)
+    scores.set_title("mean score by the discriminator", color=INK)
+    scores.legend(frameon=False)
+    distance.plot(steps, [row["valid"] for row in rows], color=OURS, marker=marker)
+    distance.axhline(0, color=OTHER, linestyle="--", linewidth=1)
+    distance.set_title("distance of samples from validation data, x 10^-3", color=INK)
+    for axis in axes[0]:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def save_density(path: Path, x: Tensor, density: Tensor, samples: Tensor, extent: float) -> None:
+    """Write data in the plane as a histogram, the density that a model has learned of them, and its samples.
+
+    Args:
+        path: file; its folder is created.
+        x, samples: (N, 2), real.
+        density: (side, side), p at the centres of cells of [-extent, extent]^2; row 0 is the lowest.
+        extent: of the picture.
+    """
+    figure, axes = _figure(12.6, 4.7, 3)
+    corners = (-extent, extent, -extent, extent)
+    data, learned, drawn = axes[0]
+    data.hist2d(*x.numpy().T, bins=_BINS, range=(corners[:2], corners[2:]), cmap="viridis")
+    data.set_title("data", color=INK)
+    learned.imshow(density.numpy(), origin="lower", extent=corners, cmap="viridis", interpolation="bilinear")
+    learned.set_title("learned density", color=INK)
+    drawn.scatter(*samples.numpy().T, s=2, color=OURS)
+    drawn.set_title("samples", color=INK)
+    for axis in axes[0]:
+        axis.set(xlim=corners[:2], ylim=corners[2:], xticks=[], yticks=[], aspect="equal")
+    _save(figure, path)
+
+
 def _shade(i: int, n: int) -> tuple[float, ...]:
     """Our colour for the first of n, lighter for those that follow."""
     from matplotlib.colors import to_rgb
@@ -189,7 +244,8 @@ def _draw_reconstructions(path: Path, model: Any, x: Tensor, history: Sequence[M
     if len(model.shape) == 3 and model.shape[0] in (1, 3) and model.levels is not None:  # others have no picture
         x = x[:_PAIRS]
         device = next(model.parameters()).device
-        save_reconstructions(path, x, model.reconstruct(x.to(device)).cpu(), model.levels)
+        found = model.reconstruct(x.to(device)).cpu()
+        save_reconstructions(path, x, found, model.levels, below=model.reconstruction)
 
 
 def _draw_codebook(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
@@ -199,8 +255,52 @@ def _draw_codebook(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[
     save_codebook(path, counts.cpu().view(-1, model.codebook_size), history)
 
 
+def _draw_samples(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    """Always of the same latents, so that drawings of one training compare."""
+    if len(model.shape) == 3 and model.shape[0] in (1, 3) and model.levels is not None:
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+        save_samples(path, model.sample(_PAIRS, generator=generator).cpu(), model.levels, beside=x[:_PAIRS])
+
+
+@torch.no_grad()
+def _draw_density(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    parameter = next(model.parameters())
+    extent = 1.1 * x.abs().amax().item()
+    centres = (torch.arange(_CELLS, dtype=parameter.dtype) + 0.5) * (2 * extent / _CELLS) - extent
+    points = torch.cartesian_prod(centres, centres).flip(1)  # the second coordinate is the row
+    parts = [model.log_prob(part.to(parameter.device)).cpu() for part in points.split(_CELLS * 16)]
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    samples = model.sample(len(x[:_POINTS]), generator=generator).cpu()
+    save_density(path, x, torch.cat(parts).exp().float().view(_CELLS, _CELLS), samples, extent)
+
+
+def _draw_inversions(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    """Test images above those that are found again from their features, with how well that went."""
+    x = x[:_PAIRS]
+    z = model.features(x.to(next(model.parameters()).device)).detach()
+    found = model.invert(z)
+    error = (found.x.cpu() - x - 0.5).abs().amax().item()
+    below = (
+        f"found again from its features\n{int(found.converged.sum())} of {len(x)} converged in at most "
+        f"{int(found.iterations.max())} iterations a block, largest error {error:.0e} of a grey level"
+    )
+    again = found.x.nan_to_num().floor().clamp(0, model.levels - 1).long().cpu()
+    save_reconstructions(path, x, again, model.levels, below=below)
+
+
+def _draw_scores(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    save_scores(path, history)
+
+
 # What the names in `Model.pictures` stand for.
-_DRAW = {"reconstructions": _draw_reconstructions, "codebook": _draw_codebook}
+_DRAW = {
+    "reconstructions": _draw_reconstructions,
+    "codebook": _draw_codebook,
+    "samples": _draw_samples,
+    "scores": _draw_scores,
+    "density": _draw_density,
+    "inversions": _draw_inversions,
+}
 
 
 def save_pictures(folder: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> list[Path]:
@@ -217,7 +317,10 @@ def save_pictures(folder: Path, model: Any, x: Tensor, history: Sequence[Mapping
     """
     paths = {name: folder / f"{name}.png" for name in model.pictures}
     for name, path in paths.items():
-        _DRAW[name](path, model, x, history)
+        try:
+            _DRAW[name](path, model, x, history)
+        except NotConverged as error:  # no reason to end a training
+            warnings.warn(f"{path} was not drawn: {error}", stacklevel=2)
     return [path for path in paths.values() if path.exists()]
 
 

@@ -1,7 +1,8 @@
-"""Data sets: real digits built in, .npz, IDX and image folders by path."""
+"""Data sets: real digits and densities in the plane built in, .npz, IDX and image folders by path."""
 
 from pygen.data.dataset import Dataset
+from pygen.data.densities import DENSITIES, Density
 from pygen.data.idx import read_idx
 from pygen.data.loaders import load
 
-__all__ = ["Dataset", "load", "read_idx"]
+__all__ = ["DENSITIES", "Dataset", "Density", "load", "read_idx"]

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pygen.data.dataset import Dataset, split
+from pygen.data.dataset import SPLITS, Dataset, split
+from pygen.data.densities import DENSITIES
 from pygen.data.idx import read_idx
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -22,7 +23,8 @@ def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tup
     """Load a data set and split it, the same way for everybody.
 
     ================  =====================================================================================
-    "digits"          scikit-learn's 1,797 real handwritten digits, 8 x 8, 17 levels
+    "digits"          scikit-learn's 1,797 real handwritten digits, 8 x 8, 17 levels, with labels
+    "moons" ...       pairs of real numbers from a known density: `densities.DENSITIES` has the names
     FILE.npz          integer arrays `train`, and `valid`, `test` if they exist; or one array of any name
     FILE or folder    MNIST-style IDX, gzipped or not; `t10k-images...` beside `train-images...` is the test set
     folder            images (needs Pillow), in any depth of folders; grey if all are, else RGB
@@ -37,7 +39,7 @@ def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tup
         size: resize the images of a folder to (height, width), or to a square.
 
     Returns:
-        A `Dataset` whose samples are (D,) or (C, H, W).
+        A `Dataset` whose samples are (D,) or (C, H, W); integers, but for the densities.
 
     Raises:
         ValueError: an unknown name, a damaged or empty file, a wrong rank, or values that do not fit. OSError: the file
@@ -53,7 +55,7 @@ def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tup
     path = Path(name_or_path)
     if not path.exists():
         raise ValueError(
-            f"no data set or file {str(name_or_path)!r}; there is: {', '.join(sorted(BUILT_IN))}, "
+            f"no data set or file {str(name_or_path)!r}; there is: {', '.join(BUILT_IN)}, "
             "or the path of a .npz file, an IDX file or a folder of images"
         )
     if path.is_dir():
@@ -72,13 +74,17 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise RuntimeError("the digits come with scikit-learn: pip install 'pygen[train]'") from error
-    x = torch.from_numpy(load_digits().images.astype(np.uint8)).unsqueeze(1)
+    digits = load_digits()
+    x = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
     # Tests of 300 images: enough to tell densities apart, few enough to leave something to learn from.
-    train, valid, test = split(x, 150 / len(x), 300 / len(x))
-    return Dataset(train, valid, test, 17, (1, 8, 8), "digits", {"name_or_path": "digits"})
+    parts = 150 / len(x), 300 / len(x)
+    train, valid, test = split(x, *parts)
+    labels = dict(zip(SPLITS, split(torch.from_numpy(digits.target.astype(np.int64)), *parts), strict=True))
+    return Dataset(train, valid, test, 17, (1, 8, 8), "digits", {"name_or_path": "digits"}, labels)
 
 
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits}
+BUILT_IN |= {name: density.dataset for name, density in DENSITIES.items()}
 
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:

@@ -5,14 +5,16 @@ from typing import Any
 
 from pygen.models.flow import Flow
 from pygen.models.glow import Glow
+from pygen.models.iresnet import IResNet
 from pygen.models.model import Model
 from pygen.models.nice import NICE
 from pygen.models.nsf import NSF
 from pygen.models.preprocess import Logit, Scale, dequantize
 from pygen.models.realnvp import RealNVP
+from pygen.models.sngan import SNGAN
 from pygen.models.vqvae import VQVAE
 
-MODELS: dict[str, type[Model]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF, VQVAE)}
+MODELS: dict[str, type[Model]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF, IResNet, VQVAE, SNGAN)}
 
 
 def check_name(name: str) -> None:
@@ -48,9 +50,11 @@ __all__ = [
     "MODELS",
     "NICE",
     "NSF",
+    "SNGAN",
     "VQVAE",
     "Flow",
     "Glow",
+    "IResNet",
     "Logit",
     "Model",
     "RealNVP",

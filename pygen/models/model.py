@@ -21,9 +21,10 @@ def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
 class Model(nn.Module):
     """A model that `pygen.training` trains and the command `pygen` knows.
 
-    A subclass defines `loss`. What it has to say beside the loss, it says in two steps, so that every process of a
-    training measures its share of the data: `statistics` are added up over batches and processes, `metrics` are
-    computed from the sums.
+    A subclass defines `loss`; one in which several parts learn, each by a loss of its own, defines `players`,
+    `player_loss` and, for what validation compares, `loss`. What it has to say beside the loss, it says in two steps,
+    so that every process of a training measures its share of the data: `statistics` are added up over batches and
+    processes, `metrics` are computed from the sums.
 
     Attributes:
         name: what the command line calls it.
@@ -32,12 +33,25 @@ class Model(nn.Module):
         pictures: the pictures of pygen/_plots.py that show what it learned; drawn while it trains.
         config: the arguments that rebuild it, of JSON types; saved with every checkpoint.
         shape, levels: of the data, as in `pygen.data.Dataset`.
+        labelled: whether `loss` and `statistics` take the labels of x, int64 (B,), as a second argument; then the model
+            is its only player.
+        players: the submodules that learn, each by its own optimizer and loss; "" is the model itself.
+        averaged: the submodules whose moving average validation and samples use; the rest is taken as it is.
+        train_defaults: settings of `training.TrainConfig` to train it with when nothing else is said.
+        cannot: what the command line says when it is asked for what the model cannot do.
+        reconstruction: what `reconstruct` gives, for the title of a picture.
     """
 
     name = "model"
     loss_unit = "loss"
     metric_names: Sequence[str] = ()
     pictures: Sequence[str] = ()
+    labelled = False
+    players: Sequence[str] = ("",)
+    averaged: Sequence[str] = ("",)
+    train_defaults: Mapping[str, Any] = {}
+    cannot: Mapping[str, str] = {}
+    reconstruction = "what the codes keep of it"
     config: dict[str, Any]
     shape: tuple[int, ...]
     levels: int | None
@@ -50,6 +64,14 @@ class Model(nn.Module):
     def loss(self, x: Tensor) -> Tensor:
         """What training minimises, a scalar: the mean over x (B, *shape). In eval mode: what validation compares."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(x)")
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The players that move in this step, one after the other: 0 is the first step. All have the step's batch."""
+        return self.players
+
+    def player_loss(self, player: str, x: Tensor) -> Tensor:
+        """What a player minimises in its turn, a scalar; training sees that only its own parameters have gradients."""
+        return self.loss(x)
 
     def statistics(self, x: Tensor) -> Tensor:
         """What `metrics` needs to know of x (B, *shape), as numbers that add up: float64, (S,)."""

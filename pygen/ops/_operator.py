@@ -256,13 +256,12 @@ def derivative_through_reference(
             left, right = iter(given), iter(others)
             flat = [next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor]
             results = reference(*_lists.unflatten(ctx.layout, flat))
-            return results if isinstance(results, Tensor) else tuple(_lists.flatten(results)[1])
+            return (results,) if isinstance(results, Tensor) else tuple(_lists.flatten(results)[1])
 
         # torch.func, not torch.autograd: it nests in whatever transformation is asking, and its result can again be
         # differentiated.
         _, pull_back = torch.func.vjp(of_tensors, *tensors)
-        flat_grads = tuple(_lists.flatten(grads)[1])
-        found = iter(pull_back(flat_grads if len(flat_grads) > 1 else flat_grads[0]))
+        found = iter(pull_back(tuple(_lists.flatten(grads)[1])))
         return tuple(_lists.unflatten(ctx.layout, [next(found) if is_tensor else None for is_tensor in ctx.is_tensor]))
 
     return setup_context, backward

@@ -50,7 +50,14 @@ class _SpectralWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         weight, sigma, u, v = ctx.saved_tensors
-        found = None if _grad_enabled() else _backward_small(grad, weight, sigma, u, v, ctx.dim, ctx.eps)
+        if grad.layout is not torch.strided:  # of a sparse embedding
+            grad = grad.to_dense()
+        found = None
+        if _grad_enabled():
+            # For a second derivative: sigma as a function of the weight, which the saved one is not.
+            sigma = power_iteration(weight, u, v, n_iterations=0, eps=ctx.eps, dim=ctx.dim)[0].reshape(1)
+        else:
+            found = _backward_small(grad, weight, sigma, u, v, ctx.dim, ctx.eps)
         if found is None:
             (found,) = power_iteration_backward(None, [grad], [weight], sigma, [u], [v], [ctx.dim], ctx.eps)
         return found, None, None, None, None, None
@@ -61,8 +68,9 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations
 
     `power_iteration(weight, u, v, u_first=True, return_weight=True)` in a third of the time where weights are small.
     """
-    if not (_is_compiling() or _operator._autocast_enabled() or _operator._functorch_active()
-            or forward_ad._current_level >= 0):  # fmt: skip
+    # Under autocast the operator widens to float32: nothing to ask where the weight is that wide.
+    if not (_is_compiling() or _operator._functorch_active() or forward_ad._current_level >= 0
+            or (_operator._autocast_enabled() and weight.dtype not in (torch.float32, torch.float64))):  # fmt: skip
         if weight.requires_grad and _grad_enabled():
             return _SpectralWeight.apply(weight, u, v, dim, n_iterations, eps)
         with torch.no_grad():

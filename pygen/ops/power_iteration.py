@@ -37,6 +37,8 @@ def _backward(ctx, grad_sigma, grads, *_):
     sigma, *saved = ctx.saved_tensors
     weights, us, vs = saved[:n], saved[n : 2 * n], saved[2 * n :]
     none = [None] * n
+    # A sparse embedding's gradient is sparse.
+    grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
     found: list[Tensor | None] = list(none)
     if grad_sigma is not None:
         absent = weights[0].new_empty(0)

@@ -1,5 +1,7 @@
 """The loss and the metrics of a model on data it does not train on, the same at every call: its noise is seeded."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,28 +11,34 @@ _BATCH = 256
 
 
 @torch.no_grad()
-def summed_loss(model: Model, x: Tensor, *, draws: int, device: torch.device | str) -> float:
-    """Sum over the samples of `model.loss`, averaged over draws of its noise (torch's global generator)."""
+def summed_loss(model: Model, *data: Tensor, draws: int, device: torch.device | str) -> float:
+    """Sum over the samples of `model.loss`, averaged over draws of its noise (torch's global generator). `data` are x
+    and, for a model that is trained with them, labels."""
     total = 0.0
-    for part in x.split(_BATCH):
-        part = part.to(device)
+    for part in _parts(data, device):
         for _ in range(draws):
-            total += model.loss(part).item() * len(part) / draws
+            total += model.loss(*part).item() * len(part[0]) / draws
     return total
 
 
 @torch.no_grad()
-def summed_statistics(model: Model, x: Tensor, *, device: torch.device | str) -> Tensor:
+def summed_statistics(model: Model, *data: Tensor, device: torch.device | str) -> Tensor:
     """Sum of `model.statistics` over the samples, float64, on `device`."""
-    return torch.stack([model.statistics(part.to(device)) for part in x.split(_BATCH)]).sum(0)
+    return torch.stack([model.statistics(*part) for part in _parts(data, device)]).sum(0)
 
 
-def evaluate(model: Model, x: Tensor, *, draws: int = 10, seed: int = 0) -> float:
+def _parts(data: Sequence[Tensor], device: torch.device | str) -> Iterator[tuple[Tensor, ...]]:
+    for part in zip(*(tensor.split(_BATCH) for tensor in data), strict=True):
+        yield tuple(tensor.to(device) for tensor in part)
+
+
+def evaluate(model: Model, x: Tensor, *labels: Tensor, draws: int = 10, seed: int = 0) -> float:
     """Mean of `model.loss` over x, in its `loss_unit`, averaged over draws of its noise (dequantisation, for flows).
 
     Args:
         model: in eval mode; x is brought to its device.
         x: (N, *shape), N > 0.
+        labels: (N,), for a model that is trained with them.
         draws: how often to draw the noise.
         seed: of the noise. The global random state is left as it was.
 
@@ -47,15 +55,16 @@ def evaluate(model: Model, x: Tensor, *, draws: int = 10, seed: int = 0) -> floa
     device = _check("evaluate", model, x)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return summed_loss(model, x, draws=draws, device=device) / len(x)
+        return summed_loss(model, x, *labels, draws=draws, device=device) / len(x)
 
 
-def measure(model: Model, x: Tensor) -> dict[str, float]:
+def measure(model: Model, x: Tensor, *labels: Tensor) -> dict[str, float]:
     """What the model reports beside its loss, over x: `model.metrics`; nothing for flows.
 
     Args:
         model: in eval mode; x is brought to its device.
         x: (N, *shape), N > 0.
+        labels: (N,), for a model that is trained with them.
 
     Raises:
         ValueError: x is empty, or the model is in training mode.
@@ -67,7 +76,10 @@ def measure(model: Model, x: Tensor) -> dict[str, float]:
         >>> list(training.measure(model, digits.test))
         ['perplexity', 'active_codes']
     """
-    return model.metrics(summed_statistics(model, x, device=_check("measure", model, x)))
+    device = _check("measure", model, x)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return model.metrics(summed_statistics(model, x, *labels, device=device))
 
 
 def _check(name: str, model: Model, x: Tensor) -> torch.device:

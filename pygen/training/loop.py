@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pygen.data import Dataset
 from pygen.models.model import Model
-from pygen.nn._codebook_sync import packed_codebook_updates
 from pygen.training import checkpoint, metrics
 from pygen.training.config import Result, TrainConfig, TrainingDiverged
 from pygen.training.evaluate import summed_loss, summed_statistics
+from pygen.training.players import Player, parameter_pairs
 from pygen.training.progress import Bar, progress_bar
 
 try:
@@ -37,19 +38,6 @@ _SEED_STRIDE = 1_000_003  # a prime above any number of processes: (seed, step, 
 _EMA_WARMUP = 10  # the average starts as a plain mean, decay (1 + n) / (10 + n), and forgets the first weights
 
 
-class _Objective(nn.Module):
-    """`model.loss` as a forward pass, for wrappers (DDP, autocast) that hook into forward."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Whatever codebooks a model has, they learn from all processes' data by one all-reduce.
-        with packed_codebook_updates(self.model):
-            return self.model.loss(x)
-
-
 def train(
     model: Model,
     data: Dataset,
@@ -61,6 +49,9 @@ def train(
     on_validation: OnValidation | None = None,
 ) -> Result:
     """Train a model by AdamW with warm-up, cosine decay, gradient clipping and averaged weights.
+
+    A model of several players (`Model.players`) has an optimizer for each: in a step those that `Model.turns` names
+    move one after the other, each by its `player_loss` of the same batch.
 
     The randomness of a step (data order, dropout, noise) is a function of the seed, the step and the process alone, so
     a run that was stopped and resumed ends with the same bits as one that was not (when `epochs` ends it: a run that
@@ -74,7 +65,7 @@ def train(
         model: a `models.model.Model`: its `loss` is minimised, its `metrics` are logged, and `models.create` rebuilds
             it from `name` and `config`.
         data: what to train and validate on.
-        config: settings.
+        config: settings; the model's `train_defaults` when left out.
         run_dir: created when missing.
         resume: continue the run in run_dir; `epochs` and `max_minutes` are totals, so larger ones prolong it.
         callbacks: called with every row of metrics, by the main process.
@@ -95,7 +86,7 @@ def train(
         >>> model = models.RealNVP(digits.shape, levels=digits.levels)
         >>> training.train(model, digits, training.TrainConfig(epochs=20), "runs/digits")  # doctest: +SKIP
     """
-    run = _Run(model, data, config or TrainConfig(), Path(run_dir))
+    run = _Run(model, data, config or TrainConfig(**model.train_defaults), Path(run_dir))
     if resume:
         run.restore()
     else:
@@ -113,18 +104,10 @@ class _Run:
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        objective = _Objective(model)
-        # One fused pass over all parameters: a quarter of a small model's step goes into the optimizer otherwise.
-        optimizer = kind(
-            model.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        if self.world > 1:
-            # DDP has made the buffers of all processes equal, and they change alike: codebooks by their own all-reduce.
-            # Sending them again in every step would cost as much as the gradients, and hide those that do not.
-            self.objective.broadcast_buffers = False
+        self.players = {name: Player(model, name, config, self.accelerator) for name in model.players}
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.averaged, self.copied = parameter_pairs(self.ema, model)
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.step = self.epoch = self.batch = 0  # `batch` is the position in the epoch
         self.seconds, self.loss_sum = 0.0, 0.0
         self.best = math.inf
@@ -159,7 +142,9 @@ class _Run:
             raise ValueError(f"{self.dir} holds another model: {info.get('model')} {info.get('config')}")
         self.model.load_state_dict(checkpoint.without_prefix("model.", tensors))
         self.ema.load_state_dict(checkpoint.without_prefix("ema.", tensors))
-        checkpoint.load_optimizer_tensors(self.optimizer.optimizer, checkpoint.without_prefix("optimizer.", tensors))
+        for player in self.players.values():
+            state = checkpoint.without_prefix(player.key, tensors)
+            checkpoint.load_optimizer_tensors(player.optimizer.optimizer, state)
         for name in ("step", "epoch", "batch", "seconds", "best"):
             setattr(self, name, info[name])
         if (info["batches"], len(info["loss_sum"])) == (self.batches, self.world):
@@ -181,8 +166,8 @@ class _Run:
         began, first_step, before = time.monotonic(), self.step, self.seconds
         stopped, rate = False, 0.0
         while not (stopped or self._finished()):
-            for x in self._epoch():
-                self._train_step(x)
+            for batch in self._epoch():
+                self._train_step(batch)
                 self.seconds = before + time.monotonic() - began
                 rate = (self.step - first_step) * self.batch_size * self.world / (self.seconds - before)
                 bar.update(self._progress(), self.loss_sum / self.batch, self.best, rate, self.metrics)
@@ -200,34 +185,55 @@ class _Run:
         rate = (self.step - first_step) * self.batch_size * self.world / seconds if seconds > 0 else 0.0
         return Result(self.step, self.epoch, self.seconds, self.best, rate, stopped, self.dir)
 
-    def _epoch(self) -> Iterator[Tensor]:
+    def _epoch(self) -> Iterator[tuple[Tensor, ...]]:
         """What is left of this epoch's batches, this process's share, in an order that only seed and epoch decide."""
         generator = torch.Generator().manual_seed(self.config.seed * _SEED_STRIDE + self.epoch)
         order = torch.randperm(len(self.data.train), generator=generator)[self.rank :: self.world]
+        tensors = self.data.tensors("train", labelled=self.model.labelled)
         for batch in range(self.batch, self.batches):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.data.train[indices].to(self.device)
+            yield tuple(tensor[indices].to(self.device) for tensor in tensors)
 
-    def _train_step(self, x: Tensor) -> None:
+    def _train_step(self, batch: tuple[Tensor, ...]) -> None:
         torch.manual_seed((self.config.seed * _SEED_STRIDE + self.step) * _SEED_STRIDE + self.rank)
-        for group in self.optimizer.param_groups:
+        # What is logged of a step is the loss of whoever moves first: a discriminator moves in every step.
+        loss, *_ = [self._turn(self.players[name], batch) for name in self.model.turns(self.step)]
+        self._average_running_statistics()
+        self.step, self.batch, self.loss_sum = self.step + 1, self.batch + 1, self.loss_sum + loss
+        self._update_ema()
+
+    def _turn(self, player: Player, batch: tuple[Tensor, ...]) -> float:
+        """One update of one player; its loss before."""
+        for group in player.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self.objective.train()
-        loss = self.objective(x)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        player.objective.train()
+        with player.alone():
+            loss = player.objective(*batch)
+            self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(player.parameters, self.config.clip)
         value = loss.item()
         # Before the step, so that weights, average and checkpoint are never touched by it. DDP has summed the
         # gradients: what one process finds in their norm, all find.
         if not (math.isfinite(norm.item()) and math.isfinite(value)):
-            raise TrainingDiverged(self._divergence(value))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step, self.batch, self.loss_sum = self.step + 1, self.batch + 1, self.loss_sum + value
-        self._update_ema()
+            raise TrainingDiverged(self._divergence(player, value))
+        player.optimizer.step()
+        player.optimizer.zero_grad()
+        return value
 
-    def _divergence(self, loss: float) -> str:
-        what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient became NaN or infinite"
+    @torch.no_grad()
+    def _average_running_statistics(self) -> None:
+        """BatchNorm's, which each process has taken of its own samples: their mean, so that all have one model."""
+        if self.world == 1 or not self.norms:
+            return
+        buffers = [b for norm in self.norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        total = torch.cat([b.flatten() for b in buffers])
+        torch.distributed.all_reduce(total)
+        for b, mean in zip(buffers, (total / self.world).split([b.numel() for b in buffers]), strict=True):
+            b.copy_(mean.view_as(b))
+
+    def _divergence(self, player: Player, loss: float) -> str:
+        owner = f"the {player.name}'s" if player.name else "the"
+        what = f"{owner} loss became {loss}" if not math.isfinite(loss) else f"{owner} gradient became NaN or infinite"
         path = self.dir / checkpoint.LAST
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
         return f"{what} at step {self.step + 1}; {kept}. A lower learning rate usually helps"
@@ -235,7 +241,9 @@ class _Run:
     @torch.no_grad()
     def _update_ema(self) -> None:
         decay = min(self.config.ema, self.step / (_EMA_WARMUP + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        torch._foreach_lerp_(*self.averaged, 1 - decay)
+        if self.copied[0]:
+            torch._foreach_copy_(*self.copied)
         for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -289,11 +297,12 @@ class _Run:
     def _validate(self) -> float:
         """The averaged weights' loss and metrics on the validation data, of which each process measures a share."""
         torch.manual_seed(_VALIDATION_SEED + self.rank)
-        share = self.data.valid[self.rank :: self.world]
+        tensors = self.data.tensors("valid", labelled=self.model.labelled)
+        share = [tensor[self.rank :: self.world] for tensor in tensors]
         with self.accelerator.autocast():
-            loss = summed_loss(self.ema, share, draws=self.config.validation_draws, device=self.device)
-            statistics = summed_statistics(self.ema, share, device=self.device)
-        total = torch.cat((statistics.new_tensor([loss, len(share)]), statistics))
+            loss = summed_loss(self.ema, *share, draws=self.config.validation_draws, device=self.device)
+            statistics = summed_statistics(self.ema, *share, device=self.device)
+        total = torch.cat((statistics.new_tensor([loss, len(share[0])]), statistics))
         if self.world > 1:
             torch.distributed.all_reduce(total)
         valid = (total[0] / total[1]).item()
@@ -340,8 +349,10 @@ class _Run:
             tensors = {
                 **checkpoint.with_prefix("model.", self.model.state_dict()),
                 **checkpoint.with_prefix("ema.", self.ema.state_dict()),
-                **checkpoint.with_prefix("optimizer.", checkpoint.optimizer_tensors(self.optimizer.optimizer)),
             }
+            for player in self.players.values():
+                state = checkpoint.optimizer_tensors(player.optimizer.optimizer)
+                tensors |= checkpoint.with_prefix(player.key, state)
             checkpoint.save_tensors(self.dir / checkpoint.LAST, tensors, info)
         self.saved_at = time.monotonic()
 
