@@ -32,9 +32,9 @@ PyMethodDef small_functions[] = {
     {"cumax_small", small_function(&pygen::cumax_small), METH_FASTCALL,
      "cumax(x, dim, complement) of a small plain CPU tensor; None if x is anything else."},
     {"spectral_weight_small", small_function(&pygen::spectral_weight_small), METH_FASTCALL,
-     "(weight / sigma, sigma, u, v) of small plain CPU tensors (weight, u, v, dim, n_iterations, eps), or None."},
+     "(weight / sigma, saved) of small plain CPU tensors (weight, u, v, dim, n_iterations, eps), or None."},
     {"spectral_weight_backward_small", small_function(&pygen::spectral_weight_backward_small), METH_FASTCALL,
-     "The weight's gradient from (grad, weight, sigma, u, v, dim, eps), or None."},
+     "The weight's gradient from (grad, weight, saved, dim, eps), or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -92,6 +92,7 @@ struct Vector {
   Doubles values;
   std::vector<char> narrow;
 
+  explicit Vector(Doubles x) : values(std::move(x)) {}
   Vector(const Tensor& x) : values(x.numel()) {
     const Tensor flat = made_contiguous(x);
     kernels().widen[type_of(x.scalar_type())](flat.const_data_ptr(), flat.numel(), values.data());
@@ -325,21 +326,8 @@ Tensor tensor_of(const Doubles& values, ScalarType dtype) {
 
 using Tensors = std::vector<Tensor>;
 
-std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& weights, const Tensors& us,
-                                                              const Tensors& vs, const std::vector<int64_t>& dims,
-                                                              int64_t n_iterations, double eps, bool u_first,
-                                                              bool return_weights) {
-  check(weights, us, vs, dims);
-  std::vector<Iteration> all;
-  all.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i)
-    all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), eps,
-                     u_first);
-  Tensors normalized;
-  if (return_weights)
-    for (const Tensor& weight : weights) normalized.push_back(empty_contiguous_like(weight));
-  const auto out = [&](size_t i) { return static_cast<char*>(normalized[i].mutable_data_ptr()); };
-
+// All steps of all matrices, and their weights divided by sigma into `out`, unless that is empty.
+void run_all(std::vector<Iteration>& all, int64_t n_iterations, const std::vector<char*>& out) {
   Iterations large;
   std::vector<size_t> small;
   for (size_t i = 0; i < all.size(); ++i)
@@ -349,25 +337,25 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
       large.push_back(&all[i]);
     }
   run_together(large, n_iterations);
-  // The small ones, and the large ones' division.
+  // The small ones, and the large ones' division. The last matrix is the likeliest to be in a cache still.
   struct Division {
     size_t matrix;
     int64_t begin, end;
   };
   std::vector<Division> divisions;
-  for (size_t i = all.size(); return_weights && i-- > 0;)
+  for (size_t i = all.size(); !out.empty() && i-- > 0;)
     for (int64_t end = all[i].matrix().size(); !all[i].small() && end > 0; end -= kElementwise)
       divisions.push_back({i, std::max<int64_t>(0, end - kElementwise), end});
   const int64_t n_divisions = divisions.size(), n_small = small.size();
   const auto task = [&](int64_t t) {
     if (t < n_divisions) {
       const Division& part = divisions[t];
-      all[part.matrix].scale(part.begin, part.end, out(part.matrix));
+      all[part.matrix].scale(part.begin, part.end, out[part.matrix]);
     } else {
-      Iteration& matrix = all[small[t - n_divisions]];
-      matrix.prepare();
-      matrix.run(n_iterations);
-      if (return_weights) matrix.scale(0, matrix.matrix().size(), out(small[t - n_divisions]));
+      const size_t i = small[t - n_divisions];
+      all[i].prepare();
+      all[i].run(n_iterations);
+      if (!out.empty()) all[i].scale(0, all[i].matrix().size(), out[i]);
     }
   };
   int64_t small_work = 0;
@@ -377,6 +365,25 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
   } else {
     for_each_task(n_divisions + n_small, task);
   }
+}
+
+std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& weights, const Tensors& us,
+                                                              const Tensors& vs, const std::vector<int64_t>& dims,
+                                                              int64_t n_iterations, double eps, bool u_first,
+                                                              bool return_weights) {
+  check(weights, us, vs, dims);
+  std::vector<Iteration> all;
+  all.reserve(weights.size());
+  Tensors normalized;
+  std::vector<char*> out;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), eps,
+                     u_first);
+    if (!return_weights) continue;
+    normalized.push_back(empty_contiguous_like(weights[i]));
+    out.push_back(static_cast<char*>(normalized[i].mutable_data_ptr()));
+  }
+  run_all(all, n_iterations, out);
 
   Doubles sigma;
   Tensors new_us, new_vs;
@@ -393,12 +400,28 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
 // One weight's gradient: grad / sigma + along u v^T.
 struct Gradient {
   Matrix matrix;
-  Tensor grad;  // empty where there is none
+  Tensor grad, result;  // grad is empty where there is none
   Vector u, v;
-  const void* v_data;
   double sigma, grad_sigma, eps;
+  const void* right = nullptr;  // the vector along a line, as the kernel reads it
   Doubles inner;
-  char* out;
+
+  Gradient(const Tensor& weight, const Tensor& grad, Vector u, Vector v, double sigma, double grad_sigma, int64_t dim,
+           double eps)
+      : matrix(made_contiguous(weight), dim),
+        grad(made_contiguous(grad)),
+        result(empty_contiguous_like(weight)),
+        u(std::move(u)),
+        v(std::move(v)),
+        sigma(sigma),
+        grad_sigma(grad_sigma),
+        eps(eps) {
+    PYGEN_CHECK(!has_grad() || (same_shape(grad, weight) && grad.scalar_type() == weight.scalar_type()),
+                "power_iteration_backward: a gradient must have its weight's shape and dtype, got ", shape_string(grad),
+                " of ", dtype_string(grad.scalar_type()), " for ", shape_string(weight), " of ",
+                dtype_string(weight.scalar_type()));
+    inner.resize(parts());
+  }
 
   bool has_grad() const { return grad.numel() > 0; }
   bool constant() const { return std::abs(sigma) < eps; }
@@ -426,53 +449,23 @@ struct Gradient {
   int64_t lines() const { return by_columns() ? matrix.outer : matrix.outer * matrix.rows; }
   int64_t per_line() const { return by_columns() ? matrix.rows : matrix.inner; }
 
+  void begin_combining() { right = (by_columns() ? u : v).as(matrix.wide()); }
+
   void combine(int64_t begin, int64_t end, double along) const {
     const double factor = 1 / (constant() ? eps : sigma);
     const int64_t n = per_line(), size = bytes_of(matrix.dtype);
+    char* const out = static_cast<char*>(result.mutable_data_ptr());
     for (int64_t i = begin; i < end; ++i) {
       const double left = by_columns() ? v.values[i] : u.values[i % matrix.rows];
-      const char* right =
-          static_cast<const char*>(v_data) + (by_columns() ? 0 : i / matrix.rows * matrix.inner * matrix.width());
-      kernels().combine[matrix.type()](grad_at(i * n), n, factor, along * left, right, out + i * n * size);
+      const int64_t at = by_columns() ? 0 : i / matrix.rows * matrix.inner;
+      kernels().combine[matrix.type()](grad_at(i * n), n, factor, along * left,
+                                       static_cast<const char*>(right) + at * matrix.width(), out + i * n * size);
     }
   }
 };
 
-Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const Tensors& grads, const Tensors& weights,
-                                 const Tensor& sigma, const Tensors& us, const Tensors& vs,
-                                 const std::vector<int64_t>& dims, double eps) {
-  check(weights, us, vs, dims);
-  const int64_t n = weights.size();
-  PYGEN_CHECK(sigma.numel() == n && (!grad_sigma || grad_sigma->numel() == n),
-              "power_iteration_backward: sigma and its gradient must have one element for each of ", n, " weights");
-  PYGEN_CHECK(grads.empty() || static_cast<int64_t>(grads.size()) == n,
-              "power_iteration_backward: expected no gradients of weights or ", n, ", got ", grads.size());
-  const Vector sigmas(sigma), grad_sigmas(grad_sigma ? *grad_sigma : sigma);
-  Tensors results;
-  std::vector<Gradient> all;
-  all.reserve(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const Tensor weight = made_contiguous(weights[i]);
-    const bool given = !grads.empty() && grads[i].numel() > 0;
-    PYGEN_CHECK(!given || (same_shape(grads[i], weight) && grads[i].scalar_type() == weight.scalar_type()),
-                "power_iteration_backward: a gradient must have its weight's shape and dtype, got ",
-                given ? shape_string(grads[i]) : "", " for ", shape_string(weight));
-    results.push_back(empty_contiguous_like(weight));
-    all.push_back({Matrix(weight, counted_from_the_front(weight, dims[i])),
-                   given ? made_contiguous(grads[i])
-                         : empty_contiguous(std::vector<int64_t>{0}.data(), 1, weight.scalar_type()),
-                   Vector(us[i]),
-                   Vector(vs[i]),
-                   nullptr,
-                   sigmas.values[i],
-                   grad_sigma ? grad_sigmas.values[i] : 0.0,
-                   eps,
-                   {},
-                   static_cast<char*>(results[i].mutable_data_ptr())});
-    Gradient& gradient = all.back();
-    gradient.v_data = (gradient.by_columns() ? gradient.u : gradient.v).as(gradient.matrix.wide());
-    gradient.inner.resize(gradient.parts());
-  }
+// Every gradient's `result`.
+void run_all(std::vector<Gradient>& all) {
   struct Part {
     Gradient* of;
     int64_t begin, end;
@@ -482,6 +475,7 @@ Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const 
   int64_t work = 0;
   for (Gradient& gradient : all) {
     work += gradient.matrix.size();
+    gradient.begin_combining();
     for (int64_t part = 0; part < gradient.parts(); ++part) sums.push_back({&gradient, part, part + 1, 0});
   }
   const bool alone = work < 4 * kElementsPerTask;
@@ -500,27 +494,62 @@ Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const 
       combinations.push_back({&*it, std::max<int64_t>(0, end - step), end, along});
   }
   each(combinations, [](Part& part) { part.of->combine(part.begin, part.end, part.along); });
+}
+
+Tensor none(ScalarType dtype) {
+  const int64_t empty = 0;
+  return empty_contiguous(&empty, 1, dtype);
+}
+
+Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const Tensors& grads, const Tensors& weights,
+                                 const Tensor& sigma, const Tensors& us, const Tensors& vs,
+                                 const std::vector<int64_t>& dims, double eps) {
+  check(weights, us, vs, dims);
+  const size_t n = weights.size();
+  PYGEN_CHECK(sigma.numel() == static_cast<int64_t>(n) && (!grad_sigma || grad_sigma->numel() == sigma.numel()),
+              "power_iteration_backward: sigma and its gradient must have one element for each of ", n, " weights");
+  PYGEN_CHECK(grads.empty() || grads.size() == n, "power_iteration_backward: expected no gradients of weights or ", n,
+              ", got ", grads.size());
+  const Vector sigmas(sigma), grad_sigmas(grad_sigma ? *grad_sigma : sigma);
+  std::vector<Gradient> all;
+  all.reserve(n);
+  for (size_t i = 0; i < n; ++i)
+    all.emplace_back(weights[i], grads.empty() ? none(weights[i].scalar_type()) : grads[i], us[i], vs[i],
+                     sigmas.values[i], grad_sigma ? grad_sigmas.values[i] : 0.0,
+                     counted_from_the_front(weights[i], dims[i]), eps);
+  run_all(all);
+  Tensors results;
+  for (const Gradient& gradient : all) results.push_back(gradient.result);
   return results;
 }
 
 // Some tens of microseconds of work, during which Python's lock is kept.
 constexpr int64_t kSmallWeight = int64_t{1} << 18;
 
-PyObject* tuple_of(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d) {
-  PyObject* const parts[] = {to_python(a), to_python(b), to_python(c), to_python(d)};
-  PyObject* const all = PyTuple_New(4);
-  bool complete = all;
-  for (int i = 0; i < 4; ++i) {
-    complete = complete && parts[i];
-    if (all) {
-      PyTuple_SET_ITEM(all, i, parts[i]);
-    } else {
-      Py_XDECREF(parts[i]);
-    }
-  }
-  if (complete) return all;
-  Py_XDECREF(all);
-  return nullptr;
+PyObject* pair_of(const Tensor& a, const Tensor& b) {
+  PyObject* const first = to_python(a);
+  PyObject* const second = first ? to_python(b) : nullptr;
+  PyObject* const both = second ? PyTuple_Pack(2, first, second) : nullptr;
+  Py_XDECREF(first);
+  Py_XDECREF(second);
+  return both;
+}
+
+// sigma, u and v behind each other: what the gradient needs, as one tensor.
+Tensor packed(const Iteration& matrix, ScalarType dtype) {
+  const int64_t rows = matrix.u().size(), columns = matrix.v().size(), n = 1 + rows + columns;
+  const Tensor all = empty_contiguous(&n, 1, dtype);
+  const auto narrow = kernels().narrow[type_of(dtype)];
+  const double sigma = matrix.sigma();
+  char* const to = static_cast<char*>(all.mutable_data_ptr());
+  narrow(&sigma, 1, to);
+  narrow(matrix.u().values.data(), rows, to + bytes_of(dtype));
+  narrow(matrix.v().values.data(), columns, to + (1 + rows) * bytes_of(dtype));
+  return all;
+}
+
+void write(const Vector& x, const Tensor& to) {
+  kernels().narrow[type_of(to.scalar_type())](x.values.data(), x.size(), to.mutable_data_ptr());
 }
 
 }  // namespace
@@ -531,26 +560,41 @@ PyObject* spectral_weight_small(PyObject*, PyObject* const* args, Py_ssize_t cou
   const auto eps = plain_float(args[5]);
   if (!dim || !n_iterations || !eps) Py_RETURN_NONE;
   const Tensors inputs = small_plain_tensors(args, 3, kSmallWeight);
-  if (inputs.empty()) Py_RETURN_NONE;
-  std::optional<std::tuple<Tensor, Tensors, Tensors, Tensors>> found;
+  if (inputs.empty() || !inputs[1].is_contiguous() || !inputs[2].is_contiguous()) Py_RETURN_NONE;
+  std::optional<std::pair<Tensor, Tensor>> found;
   try {
-    found = power_iteration({inputs[0]}, {inputs[1]}, {inputs[2]}, {*dim}, *n_iterations, *eps, true, true);
+    const Tensor &weight = inputs[0], &u = inputs[1], &v = inputs[2];
+    check({weight}, {u}, {v}, {*dim});
+    std::vector<Iteration> all;
+    all.emplace_back(made_contiguous(weight), u, v, counted_from_the_front(weight, *dim), *eps, true);
+    const Tensor normalized = empty_contiguous_like(weight);
+    run_all(all, *n_iterations, {static_cast<char*>(normalized.mutable_data_ptr())});
+    found = {normalized, packed(all[0], compute_dtype(weight.scalar_type()))};
+    if (*n_iterations > 0) write(all[0].u(), u), write(all[0].v(), v);
   } catch (const std::exception&) {
     Py_RETURN_NONE;  // the dispatcher's road will meet the error again
   }
-  const auto& [sigma, normalized, u, v] = *found;
-  return tuple_of(normalized[0], sigma, u[0], v[0]);
+  return pair_of(found->first, found->second);
 }
 
 PyObject* spectral_weight_backward_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return on_small_road([&]() -> std::optional<Tensor> {
-    if (count != 7) return {};
-    const auto dim = plain_int(args[5]);
-    const auto eps = plain_float(args[6]);
+    if (count != 5) return {};
+    const auto dim = plain_int(args[3]);
+    const auto eps = plain_float(args[4]);
     if (!dim || !eps) return {};
-    const Tensors inputs = small_plain_tensors(args, 5, kSmallWeight);
+    const Tensors inputs = small_plain_tensors(args, 3, kSmallWeight);
     if (inputs.empty()) return {};
-    return power_iteration_backward({}, {inputs[0]}, {inputs[1]}, inputs[2], {inputs[3]}, {inputs[4]}, {*dim}, *eps)[0];
+    const Tensor &grad = inputs[0], &weight = inputs[1];
+    const Vector saved(inputs[2]);
+    const int64_t front = counted_from_the_front(weight, *dim), rows = weight.size(front);
+    if (rows == 0 || saved.size() != 1 + rows + weight.numel() / rows) return {};
+    const auto begin = saved.values.begin();
+    std::vector<Gradient> all;
+    all.emplace_back(weight, grad, Vector(Doubles(begin + 1, begin + 1 + rows)),
+                     Vector(Doubles(begin + 1 + rows, saved.values.end())), *begin, 0.0, front, *eps);
+    run_all(all);
+    return all[0].result;
   });
 }
 

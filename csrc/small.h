@@ -54,9 +54,10 @@ PyObject* on_small_road(Run run) {
 // METH_FASTCALL functions that take the operator's arguments.
 PyObject* cumax_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
-// (weight, u, v, dim, n_iterations, eps) -> (weight / sigma, sigma (1,), u, v), u before v.
+// (weight, u, v, dim, n_iterations, eps) -> (weight / sigma, saved) after steps with u before v; u and v are changed in
+// place, if there are steps. saved: sigma, u and v behind each other.
 PyObject* spectral_weight_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
-// (grad, weight, sigma, u, v, dim, eps) -> the weight's gradient.
+// (grad, weight, saved, dim, eps) -> the weight's gradient.
 PyObject* spectral_weight_backward_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace pygen

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from pygen.ops import _operator
 from pygen.ops._operator import small_road
@@ -18,22 +19,40 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 
 
-def _compute(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(W / sigma, sigma (1,), u, v)."""
+def compute(weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(W / sigma, sigma with the new u and v behind it: what the gradient needs). Called without recording gradients.
+
+    u and v are changed in place: whoever shares the buffers (DistributedDataParallel, replicas) knows them by their
+    memory. The gradient has its own, so that several forwards may come before a backward.
+    """
     found = _forward_small(weight, u, v, dim, n_iterations, eps)
-    if found is None:
-        sigma, new_u, new_v, normalized = power_iteration(
-            weight, u, v, n_iterations=n_iterations, eps=eps, dim=dim, u_first=True, return_weight=True
-        )
-        found = normalized, sigma.reshape(1), new_u, new_v
+    if found is not None:
+        if n_iterations:
+            increment_version((u, v))
+        return found
+    sigma, new_u, new_v, normalized = power_iteration(
+        weight, u, v, n_iterations=n_iterations, eps=eps, dim=dim, u_first=True, return_weight=True
+    )
     if n_iterations:
-        # In place: whoever shares the buffers (DistributedDataParallel, replicas) knows them by their memory. The
-        # gradient needs the new vectors, which nobody changes, so that several forwards may come before a backward.
-        u.copy_(found[2])
-        v.copy_(found[3])
-    return found
+        u.copy_(new_u)
+        v.copy_(new_v)
+    return normalized, torch.cat((sigma.reshape(1), new_u, new_v))
+
+
+def gradient(grad: Tensor, weight: Tensor, saved: Tensor, dim: int, eps: float) -> Tensor:
+    """The weight's gradient from that of W / sigma."""
+    if grad.layout is not torch.strided:  # of a sparse embedding
+        grad = grad.to_dense()
+    if not _grad_enabled():
+        found = _backward_small(grad, weight, saved, dim, eps)
+        if found is not None:
+            return found
+    rows = weight.shape[dim]
+    sigma, u, v = saved[:1], saved[1 : 1 + rows], saved[1 + rows :]
+    if _grad_enabled():
+        # For a second derivative: sigma as a function of the weight, which the saved one is not.
+        sigma = power_iteration(weight, u, v, n_iterations=0, eps=eps, dim=dim)[0].reshape(1)
+    return power_iteration_backward(None, [grad], [weight], sigma, [u], [v], [dim], eps)[0]
 
 
 class _SpectralWeight(torch.autograd.Function):
@@ -42,25 +61,14 @@ class _SpectralWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float) -> Tensor:
-        normalized, *saved = _compute(weight, u, v, dim, n_iterations, eps)
-        ctx.save_for_backward(weight, *saved)
-        ctx.dim, ctx.eps = dim, eps
+        normalized, saved = compute(weight, u, v, dim, n_iterations, eps)
+        ctx.save_for_backward(weight, saved)
+        ctx.options = dim, eps
         return normalized
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        weight, sigma, u, v = ctx.saved_tensors
-        if grad.layout is not torch.strided:  # of a sparse embedding
-            grad = grad.to_dense()
-        found = None
-        if _grad_enabled():
-            # For a second derivative: sigma as a function of the weight, which the saved one is not.
-            sigma = power_iteration(weight, u, v, n_iterations=0, eps=ctx.eps, dim=ctx.dim)[0].reshape(1)
-        else:
-            found = _backward_small(grad, weight, sigma, u, v, ctx.dim, ctx.eps)
-        if found is None:
-            (found,) = power_iteration_backward(None, [grad], [weight], sigma, [u], [v], [ctx.dim], ctx.eps)
-        return found, None, None, None, None, None
+        return gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float) -> Tensor:
@@ -74,7 +82,7 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations
         if weight.requires_grad and _grad_enabled():
             return _SpectralWeight.apply(weight, u, v, dim, n_iterations, eps)
         with torch.no_grad():
-            return _compute(weight, u, v, dim, n_iterations, eps)[0]
+            return compute(weight, u, v, dim, n_iterations, eps)[0]
     _, new_u, new_v, normalized = power_iteration(
         weight, u, v, n_iterations=n_iterations, eps=eps, dim=dim, u_first=True, return_weight=True
     )

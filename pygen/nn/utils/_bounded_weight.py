@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pygen.ops import _operator
-from pygen.ops._spectral_weight import _compute, _SpectralWeight
+from pygen.ops._spectral_weight import compute, gradient
 from pygen.ops.power_iteration import power_iteration
 
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -21,12 +21,12 @@ def divided(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _value(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float, bound: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor | None]:
     """The bounded weight; and, only if sigma is above the bound, what the gradient needs."""
-    normalized, *saved = _compute(weight, u, v, dim, n_iterations, eps)
+    normalized, saved = compute(weight, u, v, dim, n_iterations, eps)
     if saved[0].item() > bound:
-        return normalized.mul_(bound), tuple(saved)
-    return normalized.copy_(weight), ()
+        return normalized.mul_(bound), saved
+    return normalized.copy_(weight), None
 
 
 class _BoundedWeight(torch.autograd.Function):
@@ -37,16 +37,17 @@ class _BoundedWeight(torch.autograd.Function):
         ctx: Any, weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float, bound: float
     ) -> Tensor:
         result, saved = _value(weight, u, v, dim, n_iterations, eps, bound)
-        if saved:
-            ctx.save_for_backward(weight, *saved)
-        ctx.dim, ctx.eps, ctx.bound = dim, eps, bound if saved else None
+        if saved is not None:
+            ctx.save_for_backward(weight, saved)
+        ctx.dim, ctx.eps, ctx.bound = dim, eps, bound if saved is not None else None
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         if ctx.bound is None:
             return grad, None, None, None, None, None, None
-        return (*_SpectralWeight.backward(ctx, grad * ctx.bound), None)
+        found = gradient(grad * ctx.bound, *ctx.saved_tensors, ctx.dim, ctx.eps)
+        return found, None, None, None, None, None, None
 
 
 def bounded_weight(
