@@ -309,8 +309,9 @@ void check(const std::vector<Tensor>& weights, const std::vector<Tensor>& us, co
     PYGEN_CHECK(weight.scalar_type() == weights[0].scalar_type(),
                 "power_iteration: all weights must have one dtype, got ", dtype_string(weights[0].scalar_type()),
                 " and ", dtype_string(weight.scalar_type()));
-    const int64_t rows = weight.size(counted_from_the_front(weight, dims[i]));
-    const int64_t columns = rows ? weight.numel() / rows : vs[i].numel();
+    const int64_t front = counted_from_the_front(weight, dims[i]), rows = weight.size(front);
+    int64_t columns = 1;
+    for (int64_t d = 0; d < weight.dim(); ++d) columns *= d == front ? 1 : weight.size(d);
     PYGEN_CHECK(us[i].dim() == 1 && vs[i].dim() == 1 && us[i].size(0) == rows && vs[i].size(0) == columns,
                 "power_iteration: u must be (", rows, ",) and v (", columns, ",) for a weight ", shape_string(weight),
                 " with its rows in dimension ", dims[i], ", got ", shape_string(us[i]), " and ", shape_string(vs[i]));

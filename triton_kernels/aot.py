@@ -39,6 +39,7 @@ from pygen.triton_kernels.affine_coupling import (
 from pygen.triton_kernels.codebook_statistics import codebook_statistics
 from pygen.triton_kernels.cumax import cumax, cumax_backward
 from pygen.triton_kernels.nearest_codebook import nearest_codebook
+from pygen.triton_kernels.power_iteration import power_iteration, power_iteration_backward
 from pygen.triton_kernels.rational_quadratic_spline import rational_quadratic_spline, rational_quadratic_spline_backward
 
 KIB = 1024
@@ -210,6 +211,33 @@ def _codebook_statistics_cases() -> Iterator[Case]:
         yield f"K=512 D={d} {TRITON_TYPES[dtype]}", partial(codebook_statistics, x, indices, 512, None)
 
 
+def _power_iteration_cases() -> Iterator[Case]:
+    """Both orders, each dtype, rows in front or elsewhere. All phases in one launch, on AMD as well: launched one by
+    one, the kernel is the same without its barrier."""
+    plain, others = (((512, 4608), (128, 64, 4, 4)), (0, 0)), (((64, 27), (64, 128, 4, 4)), (0, 1))
+    for dtype, (shapes, dims), u_first in (
+        (torch.float32, plain, True),
+        (torch.bfloat16, plain, False),
+        (torch.float64, others, False),
+        (torch.float16, others, True),
+    ):
+        weights = [_meta(*shape, dtype=dtype) for shape in shapes]
+        us = [_meta(w.size(d), dtype=dtype) for w, d in zip(weights, dims, strict=True)]
+        vs = [_meta(w.numel() // w.size(d), dtype=dtype) for w, d in zip(weights, dims, strict=True)]
+        sigma = _meta(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        label = f"{TRITON_TYPES[dtype]} {'u' if u_first else 'v'} first, dims {dims}"
+        options = (dims, 1, 1e-12, u_first, dtype != torch.float16)
+        yield f"forward {label}", partial(power_iteration, weights, us, vs, *options)
+        # float16 differs from float32 in its loads and stores only: the gradient of sigma alone.
+        grads = [] if dtype == torch.float16 else weights
+        if dtype != torch.bfloat16:
+            options = (sigma, grads, weights, sigma, us, vs, dims, 1e-12)
+            yield f"backward {label}", partial(power_iteration_backward, *options)
+    # Columns that 32 bits do not count.
+    weight, u, v = (_meta(*shape, dtype=torch.float32) for shape in ((2, 2**31), (2,), (2**31,)))
+    yield "forward huge", partial(power_iteration, [weight], [u], [v], [0], 1, 1e-12, True, True)
+
+
 # Op -> its cases: (name, a call of its launcher on meta tensors).
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cumax": _cumax_cases,
@@ -218,6 +246,7 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "rational_quadratic_spline": _spline_cases,
     "nearest_codebook": _nearest_codebook_cases,
     "codebook_statistics": _codebook_statistics_cases,
+    "power_iteration": _power_iteration_cases,
 }
 
 

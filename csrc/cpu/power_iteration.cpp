@@ -198,7 +198,7 @@ void narrow_vector(const double* x, int64_t n, void* out) {
 template <typename C>
 void sum_parts(const void* data, int64_t count, int64_t n, double* out) {
   const C* parts = static_cast<const C*>(data);
-  for (int64_t j = 0; j < n; ++j) out[j] = parts[j];
+  for (int64_t j = 0; j < n; ++j) out[j] = count ? double(parts[j]) : 0;
   for (int64_t c = 1; c < count; ++c)
     for (int64_t j = 0; j < n; ++j) out[j] += parts[c * n + j];
 }

@@ -1,6 +1,7 @@
 """Power iteration of one matrix or of all layers of a network, and weights divided by their spectral norms. Kernels:
 csrc/power_iteration.cpp (CPU), triton_kernels/power_iteration.py (GPU)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ def _check(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]
                 f"power_iteration: weight must have at least 2 dimensions, {dim} among them, got {tuple(weight.shape)}"
             )
         rows = weight.shape[dim]
-        columns = weight.numel() // rows if rows else v.numel()
+        columns = math.prod(weight.shape[:dim]) * math.prod(weight.shape[dim:][1:])
         if u.shape != (rows,) or v.shape != (columns,):
             raise ValueError(
                 f"power_iteration: u must be ({rows},) and v ({columns},) for a weight {tuple(weight.shape)} with its "
