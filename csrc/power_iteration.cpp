@@ -73,7 +73,7 @@ struct Matrix {
   const char* line(int64_t i) const { return data + i * elements() * bytes_of(dtype); }
 
   void put_rows_in_front() {
-    if (outer == 1 || inner == 1) return;
+    if (outer == 1 || inner == 1 || size() == 0) return;
     const int64_t shape[] = {rows, outer * inner};
     const int64_t step = inner * bytes_of(dtype);
     copy = empty_contiguous(shape, 2, dtype);

@@ -12,7 +12,7 @@ import torch
 
 from pygen import models, ops, ssa
 from pygen.benchmarks import machine, measure, memory, registry, results, runner, simulators, table
-from pygen.benchmarks.cases import kmeans, nearest_codebook, vector_quantize
+from pygen.benchmarks.cases import kmeans, nearest_codebook, spectral_norm, vector_quantize
 from pygen.benchmarks.cases import ssa as ssa_cases
 from pygen.benchmarks.registry import BEST, Case, Floor, Inputs, Target, Unavailable, as_tuple, call, max_error
 
@@ -48,6 +48,18 @@ SPECIFIED = [
     ("glow", "training step depth 32 32x12x16x16 reversible", "storing", None, 1.4),
     ("vector_quantize", "training step 8192x1024x64", "vector-quantize-pytorch", 10, None),
     ("vector_quantize", "training step 16384x8192x256", "vector-quantize-pytorch", 30, None),
+    ("power_iteration", "1024x1024 one step", "W v and W^T u", None, 1.15),
+    ("power_iteration", "512x4608 one step", "W v and W^T u", None, 1.15),
+    ("spectral_norm", "weight 1024x1024 forward", "eager", 1.6, None),
+    ("spectral_norm", "weight 512x4608 forward", "eager", 1.3, None),
+    ("spectral_norm", "weight 128x1024 forward", "eager", 2, None),
+    ("spectral_norm", "weight 64x27 forward", "eager", 3, None),
+    ("spectral_norm", "weight 1024x1024 forward+backward", "eager", 2, None),
+    ("spectral_norm", "weight 512x4608 forward+backward", "eager", 2, None),
+    ("spectral_norm", "weight 128x1024 forward+backward", "eager", 2, None),
+    ("spectral_norm", "weight 64x27 forward+backward", "eager", 2, None),
+    ("spectral_norm", "weights of an SN-GAN discriminator forward", "eager", 4.5, None),
+    ("spectral_norm", "weights of an SN-GAN discriminator forward+backward", "eager", 3, None),
     ("ssa", "immigration-death to t = 100", "gillespy2", 20, None),
     ("ssa", "dimer-decay to t = 30", "gillespy2", 25, None),
     ("ssa", "Vilar oscillator to t = 200", "gillespy2", 25, None),
@@ -75,8 +87,8 @@ SPECIFIED_SEARCHES = [
     ),
 ]
 OPS = [case for case in registry.cases() if case.op != "ssa"]
-# What is measured that is neither an op nor a model, and has no eager form: the peers are libraries.
-OTHERS = {"vector_quantize", "kmeans"}
+# What is measured that is neither an op nor a model. Of the first two there is no eager form: the peers are libraries.
+OTHERS = {"vector_quantize", "kmeans", "spectral_norm"}
 SIMULATIONS = {case.name: case for case in registry.cases() if case.op == "ssa"}
 # A deep model's training step takes seconds.
 SMALL_CASES = [case for case in OPS if torch.Size(case.shape).numel() <= 1 << 18 and "depth" not in case.name]
@@ -927,6 +939,38 @@ def test_all_kmeans_end_with_the_same_inertia_and_one_iteration_less_shows():
         except ImportError:
             continue
     assert case.error(kmeans.plain_lloyd(*inputs.tensors, 3), expected) > case.allowed_error
+
+
+# Spectral norm
+
+
+def test_the_discriminator_has_its_targets_on_a_gpu():
+    cases = [case for case in OPS if case.op == "spectral_norm" and "discriminator" in case.name]
+    assert len(cases) == 2
+    for case in cases:
+        assert {Target("eager", 8, on=("cuda",)), Target("compiled", 3, on=("cuda",))} < set(case.targets)
+
+
+def test_the_discriminator_is_that_of_the_model():
+    networks = pytest.importorskip("pygen.models._sngan_networks")
+    shapes = networks.weight_shapes(networks.discriminator("cnn", (3, 32, 32), 64))
+    assert shapes == list(spectral_norm.DISCRIMINATOR)
+    assert round(4e-6 * sum(torch.Size(shape).numel() for shape in shapes), 1) == 11.7
+
+
+@pytest.mark.parametrize("normalize", [spectral_norm.spectral_norm, spectral_norm.parametrizations.spectral_norm])
+def test_a_step_too_many_or_a_gradient_that_misses_sigma_is_not_timed(normalize):
+    case = spectral_norm._case("toy", [(9, 20), (4, 3, 3, 3)], spectral_norm.spectral_norm_all, backward=True)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    expected = case.reference(inputs.double())()
+    for factory in (case.implementations["pygen"], spectral_norm._module(spectral_norm._each(normalize))):
+        outputs = factory(inputs)()
+        assert case.error(outputs, expected) <= case.allowed_error
+    twice = spectral_norm._each(lambda layer: normalize(layer, n_power_iterations=2))
+    assert case.error(spectral_norm._module(twice)(inputs)(), expected) > case.allowed_error
+    # As if sigma were a constant: the gradient is the incoming one, divided.
+    ratio = expected[0].flatten()[0] / inputs.tensors[0].detach().double().flatten()[0]
+    assert case.error((*outputs[:2], inputs.grads[0] * ratio, outputs[3]), expected) > case.allowed_error
 
 
 # Memory against depth
