@@ -26,6 +26,9 @@ constexpr int64_t kAlone = int64_t{1} << 18;
 // Bytes of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into.
 constexpr int64_t kChunk = int64_t{1} << 17;
 constexpr int64_t kMostChunks = 32;
+// Lines of a chunk at most: one after the other they are added in the type itself. Only of narrow matrices it asks for
+// more chunks, whose sums are short.
+constexpr int64_t kMostLines = 256;
 constexpr int64_t kLinesAtOnce = 8;
 // Elements that a task scales or combines.
 constexpr int64_t kElementwise = int64_t{1} << 16;
@@ -49,11 +52,12 @@ void for_each_task(int64_t count, const F& f) {
 struct Matrix {
   int64_t outer = 1, rows, inner = 1;
   ScalarType dtype;
+  Tensor tensor;  // contiguous
   const char* weight;
   Tensor copy;
-  const char* data;
+  const char* data;  // of tensor, or of the copy
 
-  Matrix(const Tensor& tensor, int64_t dim) : dtype(tensor.scalar_type()), copy(tensor) {
+  Matrix(const Tensor& tensor, int64_t dim) : dtype(tensor.scalar_type()), tensor(tensor), copy(tensor) {
     for (int64_t d = 0; d < dim; ++d) outer *= tensor.size(d);
     rows = tensor.size(dim);
     for (int64_t d = dim + 1; d < tensor.dim(); ++d) inner *= tensor.size(d);
@@ -146,7 +150,8 @@ class Iteration {
     left_ = p().as(matrix_.wide());
     right_ = q().as(matrix_.wide());
     const int64_t count = divided_up(matrix_.lines(), kLinesAtOnce);
-    const int64_t wanted = std::clamp<int64_t>(matrix_.bytes() / kChunk, 1, kMostChunks);
+    const int64_t wanted = std::max(std::clamp<int64_t>(matrix_.bytes() / kChunk, 1, kMostChunks),
+                                    divided_up(matrix_.lines(), kMostLines));
     const int64_t per_chunk = std::max<int64_t>(1, divided_up(count, wanted));
     chunks_ = divided_up(count, per_chunk);
     lines_per_chunk_ = per_chunk * kLinesAtOnce;

@@ -14,11 +14,9 @@ namespace {
 
 // Registers hold the sums of so many lines: 32 of them with AVX-512, 16 without.
 constexpr int kLines = PYGEN_VECTOR_BYTES == 64 ? 8 : 4;
-// 16-bit lines are widened piece by piece, kLines of them into 32 KB.
+// Sums of a piece are in the type itself, of pieces in float64. 16-bit lines are widened piece by piece, kLines of them
+// into 32 KB.
 constexpr int64_t kPiece = 1024;
-
-PYGEN_INLINE float sum_of(f32v v) { return static_cast<float>(sum_of_lanes(low_half(v) + high_half(v))); }
-PYGEN_INLINE double sum_of(f64v v) { return sum_of_lanes(v); }
 
 // sum[r] += W_r . q for R lines that are `stride` apart.
 template <int R, typename C>
@@ -75,13 +73,15 @@ PYGEN_INLINE Piece<compute_t<T>> piece_of(const T* w, int64_t stride, int64_t n,
 template <int R, typename T>
 void dot_and_add(const T* w, int64_t n, const compute_t<T>* q, compute_t<T>* p, compute_t<T>* t) {
   compute_t<T> buffer[sizeof(T) == 2 ? R * kPiece : 1];
-  typename VecOf<compute_t<T>>::vec sum[R] = {};
+  f64v total[R] = {};
   for (int64_t j = 0; j < n; j += kPiece) {
     const int64_t m = n - j < kPiece ? n - j : kPiece;
     const auto piece = piece_of<R>(w + j, n, m, buffer);
+    typename VecOf<compute_t<T>>::vec sum[R] = {};
     dot_lines<R>(piece.lines, piece.stride, m, q + j, sum);
+    for (int r = 0; r < R; ++r) accumulate(total[r], sum[r]);
   }
-  for (int r = 0; r < R; ++r) p[r] = sum_of(sum[r]);
+  for (int r = 0; r < R; ++r) p[r] = static_cast<compute_t<T>>(sum_of_lanes(total[r]));
   if (!t) return;
   for (int64_t j = 0; j < n; j += kPiece) {
     const int64_t m = n - j < kPiece ? n - j : kPiece;
@@ -153,7 +153,6 @@ double inner(const void* a, const void* b, int64_t n) {
   using C = compute_t<T>;
   constexpr int lanes = VecOf<C>::lanes;
   C left[sizeof(T) == 2 ? kPiece : 1], right[sizeof(T) == 2 ? kPiece : 1];
-  // Sums of a piece in the type itself, of the pieces in float64.
   f64v total = {};
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t m = n - i < kPiece ? n - i : kPiece;

@@ -86,7 +86,7 @@ def power_iteration_backward(
         if grads and grads[i].numel():
             grad = as_matrix(widen(grads[i]), dim)
             s = divisor(sigma[i], eps)
-            along = along - torch.where(sigma[i].abs() < eps, 0.0, (grad * matrix).sum() / s**2)
+            along = along - torch.where(sigma[i].abs() < eps, 0.0, (grad * (matrix / s)).sum() / s)
             result = grad / s
         result = result + along * torch.outer(u.to(matrix.dtype), v.to(matrix.dtype))
         rest = [weight.size(d) for d in range(weight.dim()) if d != dim % weight.dim()]
