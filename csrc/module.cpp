@@ -31,10 +31,14 @@ PyCFunction small_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_
 PyMethodDef small_functions[] = {
     {"cumax_small", small_function(&pygen::cumax_small), METH_FASTCALL,
      "cumax(x, dim, complement) of a small plain CPU tensor; None if x is anything else."},
-    {"spectral_weight_small", small_function(&pygen::spectral_weight_small), METH_FASTCALL,
-     "(weight / sigma, saved) of small plain CPU tensors (weight, u, v, dim, n_iterations, eps), or None."},
-    {"spectral_weight_backward_small", small_function(&pygen::spectral_weight_backward_small), METH_FASTCALL,
-     "The weight's gradient from (grad, weight, saved, dim, eps), or None."},
+    {"power_iteration_small", small_function(&pygen::power_iteration_small), METH_FASTCALL,
+     "power_iteration of lists of plain CPU tensors that need no gradient; None if there is anything else."},
+    {"spectral_weights_small", small_function(&pygen::spectral_weights_small), METH_FASTCALL,
+     "Weights / sigma and what their gradients need, of lists of plain CPU tensors (weights, us, vs, dims), "
+     "n_iterations "
+     "and eps; or None."},
+    {"spectral_weights_backward_small", small_function(&pygen::spectral_weights_backward_small), METH_FASTCALL,
+     "The weights' gradients from lists (grads, weights, saved, dims) and eps, or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -24,7 +24,7 @@ using Doubles = std::vector<double>;
 // ones are shared by all threads.
 constexpr int64_t kAlone = int64_t{1} << 18;
 // Bytes of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into.
-constexpr int64_t kChunk = int64_t{1} << 17;
+constexpr int64_t kChunk = int64_t{1} << 19;
 constexpr int64_t kMostChunks = 32;
 // Lines of a chunk at most: one after the other they are added in the type itself. Only of narrow matrices it asks for
 // more chunks, whose sums are short.
@@ -119,6 +119,33 @@ struct Vector {
 
 // What one reading of the matrix computes: W q and W^T of that; or W^T p; or W q.
 enum class Pass { kBoth, kTransposed, kLines };
+
+// Memory for the sums of chunks, some hundred kilobytes. It is kept from call to call: given back, it would be a hole in
+// the place of the next large result, which the system would then have to give anew.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(Scratch&& other) noexcept : bytes_(std::move(other.bytes_)) {}
+  ~Scratch() {
+    if (bytes_.capacity() > 0) kept().push_back(std::move(bytes_));
+  }
+  void resize(size_t n) {
+    if (bytes_.capacity() == 0 && !kept().empty()) {
+      bytes_ = std::move(kept().back());
+      kept().pop_back();
+    }
+    bytes_.resize(n);
+  }
+  char* data() { return bytes_.data(); }
+  const char* data() const { return bytes_.data(); }
+
+ private:
+  static std::vector<std::vector<char>>& kept() {
+    thread_local std::vector<std::vector<char>> all;
+    return all;
+  }
+  std::vector<char> bytes_;
+};
 
 // One matrix on its way: W p-from-the-left and q-from-the-right, lines along p, elements along q.
 class Iteration {
@@ -264,7 +291,7 @@ class Iteration {
   Pass pass_ = Pass::kLines;
   int64_t lines_per_chunk_ = 1, chunks_ = 0;
   const void *left_ = nullptr, *right_ = nullptr;
-  std::vector<char> product_, parts_;
+  Scratch product_, parts_;
 };
 
 // ---- all matrices of a call --------------------------------------------------------------------------------------
@@ -378,17 +405,19 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> power_iteration(const Tensors& wei
                                                               int64_t n_iterations, double eps, bool u_first,
                                                               bool return_weights) {
   check(weights, us, vs, dims);
-  std::vector<Iteration> all;
-  all.reserve(weights.size());
+  // Before all scratch: a large result then takes the place that the last call's has left, whole. Behind scratch it would
+  // not fit there, and memory that the system gives anew costs more than what is computed into it.
   Tensors normalized;
   std::vector<char*> out;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), eps,
-                     u_first);
-    if (!return_weights) continue;
+  for (size_t i = 0; return_weights && i < weights.size(); ++i) {
     normalized.push_back(empty_contiguous_like(weights[i]));
     out.push_back(static_cast<char*>(normalized[i].mutable_data_ptr()));
   }
+  std::vector<Iteration> all;
+  all.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i)
+    all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), eps,
+                     u_first);
   run_all(all, n_iterations, out);
 
   Doubles sigma;
@@ -529,29 +558,73 @@ Tensors power_iteration_backward(const std::optional<Tensor>& grad_sigma, const 
   return results;
 }
 
-// Some tens of microseconds of work, during which Python's lock is kept.
-constexpr int64_t kSmallWeight = int64_t{1} << 18;
+// Up to here, some tens of microseconds of work, Python's lock is kept.
+constexpr int64_t kBriefly = int64_t{1} << 16;
 
-PyObject* pair_of(const Tensor& a, const Tensor& b) {
-  PyObject* const first = to_python(a);
-  PyObject* const second = first ? to_python(b) : nullptr;
-  PyObject* const both = second ? PyTuple_Pack(2, first, second) : nullptr;
-  Py_XDECREF(first);
-  Py_XDECREF(second);
-  return both;
+// f(), meanwhile without Python's lock where that takes long.
+template <typename F>
+void without_lock(int64_t elements, const F& f) {
+  PyThreadState* const state = elements > kBriefly ? PyEval_SaveThread() : nullptr;
+  try {
+    f();
+  } catch (...) {
+    if (state) PyEval_RestoreThread(state);
+    throw;
+  }
+  if (state) PyEval_RestoreThread(state);
+}
+
+// A Python list of the tensors, in their order.
+PyObject* list_of(const Tensors& tensors) {
+  PyObject* const list = PyList_New(tensors.size());
+  for (size_t i = 0; list && i < tensors.size(); ++i) {
+    PyObject* const item = to_python(tensors[i]);
+    if (!item) {
+      Py_DECREF(list);
+      return nullptr;
+    }
+    PyList_SET_ITEM(list, i, item);
+  }
+  return list;
+}
+
+// The plain tensors of a Python list; none where it holds anything else.
+Tensors plain_list(PyObject* list) {
+  if (!PyList_CheckExact(list)) return {};
+  return small_plain_tensors(PySequence_Fast_ITEMS(list), PyList_GET_SIZE(list), kAnySize);
+}
+
+std::vector<int64_t> plain_ints(PyObject* list) {
+  std::vector<int64_t> values;
+  if (!PyList_CheckExact(list)) return values;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const auto value = plain_int(PyList_GET_ITEM(list, i));
+    if (!value) return {};
+    values.push_back(*value);
+  }
+  return values;
+}
+
+int64_t elements_of(const Tensors& tensors) {
+  int64_t sum = 0;
+  for (const Tensor& tensor : tensors) sum += tensor.numel();
+  return sum;
+}
+
+bool all_contiguous(const Tensors& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.is_contiguous(); });
 }
 
 // sigma, u and v behind each other: what the gradient needs, as one tensor.
-Tensor packed(const Iteration& matrix, ScalarType dtype) {
-  const int64_t rows = matrix.u().size(), columns = matrix.v().size(), n = 1 + rows + columns;
-  const Tensor all = empty_contiguous(&n, 1, dtype);
+void pack(const Iteration& matrix, const Tensor& all) {
+  const int64_t rows = matrix.u().size(), columns = matrix.v().size();
+  const ScalarType dtype = all.scalar_type();
   const auto narrow = kernels().narrow[type_of(dtype)];
   const double sigma = matrix.sigma();
   char* const to = static_cast<char*>(all.mutable_data_ptr());
   narrow(&sigma, 1, to);
   narrow(matrix.u().values.data(), rows, to + bytes_of(dtype));
   narrow(matrix.v().values.data(), columns, to + (1 + rows) * bytes_of(dtype));
-  return all;
 }
 
 void write(const Vector& x, const Tensor& to) {
@@ -560,48 +633,98 @@ void write(const Vector& x, const Tensor& to) {
 
 }  // namespace
 
-PyObject* spectral_weight_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 6) Py_RETURN_NONE;
-  const auto dim = plain_int(args[3]), n_iterations = plain_int(args[4]);
+PyObject* power_iteration_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8) Py_RETURN_NONE;
+  const auto n_iterations = plain_int(args[4]);
   const auto eps = plain_float(args[5]);
-  if (!dim || !n_iterations || !eps) Py_RETURN_NONE;
-  const Tensors inputs = small_plain_tensors(args, 3, kSmallWeight);
-  if (inputs.empty() || !inputs[1].is_contiguous() || !inputs[2].is_contiguous()) Py_RETURN_NONE;
-  std::optional<std::pair<Tensor, Tensor>> found;
+  const auto u_first = plain_bool(args[6]), return_weights = plain_bool(args[7]);
+  if (!n_iterations || *n_iterations < 0 || !eps || !(*eps > 0) || !u_first || !return_weights) Py_RETURN_NONE;
+  const Tensors weights = plain_list(args[0]), us = plain_list(args[1]), vs = plain_list(args[2]);
+  const std::vector<int64_t> dims = plain_ints(args[3]);
+  std::optional<std::tuple<Tensor, Tensors, Tensors, Tensors>> found;
   try {
-    const Tensor &weight = inputs[0], &u = inputs[1], &v = inputs[2];
-    check({weight}, {u}, {v}, {*dim});
-    std::vector<Iteration> all;
-    all.emplace_back(made_contiguous(weight), u, v, counted_from_the_front(weight, *dim), *eps, true);
-    const Tensor normalized = empty_contiguous_like(weight);
-    run_all(all, *n_iterations, {static_cast<char*>(normalized.mutable_data_ptr())});
-    found = {normalized, packed(all[0], compute_dtype(weight.scalar_type()))};
-    if (*n_iterations > 0) write(all[0].u(), u), write(all[0].v(), v);
+    without_lock(elements_of(weights), [&] {
+      found = power_iteration(weights, us, vs, dims, *n_iterations, *eps, *u_first, *return_weights);
+    });
   } catch (const std::exception&) {
     Py_RETURN_NONE;  // the dispatcher's road will meet the error again
   }
-  return pair_of(found->first, found->second);
+  const auto& [sigma, normalized, new_us, new_vs] = *found;
+  PyObject* const parts[] = {to_python(sigma), list_of(normalized), list_of(new_us), list_of(new_vs)};
+  PyObject* const all =
+      parts[0] && parts[1] && parts[2] && parts[3] ? PyTuple_Pack(4, parts[0], parts[1], parts[2], parts[3]) : nullptr;
+  for (PyObject* const part : parts) Py_XDECREF(part);
+  return all;
 }
 
-PyObject* spectral_weight_backward_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return on_small_road([&]() -> std::optional<Tensor> {
-    if (count != 5) return {};
-    const auto dim = plain_int(args[3]);
-    const auto eps = plain_float(args[4]);
-    if (!dim || !eps) return {};
-    const Tensors inputs = small_plain_tensors(args, 3, kSmallWeight);
-    if (inputs.empty()) return {};
-    const Tensor &grad = inputs[0], &weight = inputs[1];
-    const Vector saved(inputs[2]);
-    const int64_t front = counted_from_the_front(weight, *dim), rows = weight.size(front);
-    if (rows == 0 || saved.size() != 1 + rows + weight.numel() / rows) return {};
-    const auto begin = saved.values.begin();
-    std::vector<Gradient> all;
-    all.emplace_back(weight, grad, Vector(Doubles(begin + 1, begin + 1 + rows)),
-                     Vector(Doubles(begin + 1 + rows, saved.values.end())), *begin, 0.0, front, *eps);
-    run_all(all);
-    return all[0].result;
-  });
+PyObject* spectral_weights_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) Py_RETURN_NONE;
+  const auto n_iterations = plain_int(args[4]);
+  const auto eps = plain_float(args[5]);
+  if (!n_iterations || !eps) Py_RETURN_NONE;
+  const Tensors weights = plain_list(args[0]), us = plain_list(args[1]), vs = plain_list(args[2]);
+  const std::vector<int64_t> dims = plain_ints(args[3]);
+  if (weights.empty() || !all_contiguous(us) || !all_contiguous(vs)) Py_RETURN_NONE;
+  Tensors results;
+  try {
+    check(weights, us, vs, dims);
+    // Before all scratch, as in power_iteration().
+    std::vector<char*> out;
+    for (const Tensor& weight : weights) {
+      results.push_back(empty_contiguous_like(weight));
+      out.push_back(static_cast<char*>(results.back().mutable_data_ptr()));
+    }
+    const size_t n = weights.size();
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t size = 1 + us[i].numel() + vs[i].numel();
+      results.push_back(empty_contiguous(&size, 1, compute_dtype(weights[i].scalar_type())));
+    }
+    without_lock(elements_of(weights), [&] {
+      std::vector<Iteration> all;
+      all.reserve(n);
+      for (size_t i = 0; i < n; ++i)
+        all.emplace_back(made_contiguous(weights[i]), us[i], vs[i], counted_from_the_front(weights[i], dims[i]), *eps,
+                         true);
+      run_all(all, *n_iterations, out);
+      for (size_t i = 0; i < n; ++i) {
+        pack(all[i], results[n + i]);
+        if (*n_iterations > 0) write(all[i].u(), us[i]), write(all[i].v(), vs[i]);
+      }
+    });
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;  // the dispatcher's road will meet the error again
+  }
+  return list_of(results);
+}
+
+PyObject* spectral_weights_backward_small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 5) Py_RETURN_NONE;
+  const auto eps = plain_float(args[4]);
+  if (!eps) Py_RETURN_NONE;
+  const Tensors grads = plain_list(args[0]), weights = plain_list(args[1]), saved = plain_list(args[2]);
+  const std::vector<int64_t> dims = plain_ints(args[3]);
+  const size_t n = weights.size();
+  if (n == 0 || grads.size() != n || saved.size() != n || dims.size() != n) Py_RETURN_NONE;
+  Tensors results;
+  try {
+    without_lock(elements_of(weights), [&] {
+      std::vector<Gradient> all;
+      all.reserve(n);
+      for (size_t i = 0; i < n; ++i) {
+        const Vector values(saved[i]);
+        const int64_t front = counted_from_the_front(weights[i], dims[i]), rows = weights[i].size(front);
+        PYGEN_CHECK(rows > 0 && values.size() == 1 + rows + weights[i].numel() / rows, "saved for another weight");
+        const auto begin = values.values.begin();
+        all.emplace_back(weights[i], grads[i], Vector(Doubles(begin + 1, begin + 1 + rows)),
+                         Vector(Doubles(begin + 1 + rows, values.values.end())), *begin, 0.0, front, *eps);
+      }
+      run_all(all);
+      for (const Gradient& gradient : all) results.push_back(gradient.result);
+    });
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;
+  }
+  return list_of(results);
 }
 
 }  // namespace pygen

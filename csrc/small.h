@@ -20,6 +20,9 @@ constexpr int64_t kSmall = 4096;
 // otherwise, the road stays closed: no tensor is plain then.
 void prepare_small_road();
 
+// For ops whose whole way from Python and back is worth a short road, whatever the size.
+constexpr int64_t kAnySize = INT64_MAX;
+
 // Opens or closes the road; returns whether it was open.
 bool open_small_road(bool open);
 
@@ -54,10 +57,12 @@ PyObject* on_small_road(Run run) {
 // METH_FASTCALL functions that take the operator's arguments.
 PyObject* cumax_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
-// (weight, u, v, dim, n_iterations, eps) -> (weight / sigma, saved) after steps with u before v; u and v are changed in
-// place, if there are steps. saved: sigma, u and v behind each other.
-PyObject* spectral_weight_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
-// (grad, weight, saved, dim, eps) -> the weight's gradient.
-PyObject* spectral_weight_backward_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
+// The operator's arguments and results.
+PyObject* power_iteration_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
+// Lists (weights, us, vs, dims), n_iterations, eps -> the list of all weights / sigma, and behind these of what their
+// gradients need: for each sigma, u and v in one tensor. u before v; us and vs are changed in place, if there are steps.
+PyObject* spectral_weights_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
+// Lists (grads, weights, saved, dims), eps -> the list of the weights' gradients.
+PyObject* spectral_weights_backward_small(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace pygen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator
+from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator, small_road
 from pygen.reference._dtypes import compute_dtype
 
 
@@ -123,6 +123,21 @@ _power_iteration: Callable[..., Any] = operator(
 )
 
 
+_small = small_road("power_iteration")
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _computed(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: list[int], *options: Any) -> Any:
+    """The operator's results, by the short road where it is open: it checks what `_check` would."""
+    if not _is_compiling():
+        found = _small(weights, us, vs, dims, *options)
+        if found is not None:
+            return found
+    _check(weights, us, vs, dims)
+    _check_options(*options[:2])
+    return _power_iteration(weights, us, vs, dims, *options)
+
+
 def _check(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int]) -> None:
     """Every kernel relies on these shapes."""
     if not (len(weights) == len(us) == len(vs) == len(dims)):
@@ -195,9 +210,7 @@ def power_iteration_multi(
     algorithm 1.
     """
     dims = [0] * len(weights) if dims is None else list(dims)
-    _check(weights, us, vs, dims)
-    _check_options(n_iterations, eps)
-    sigma, normalized, us, vs = _power_iteration(
+    sigma, normalized, us, vs = _computed(
         list(weights), list(us), list(vs), dims, n_iterations, eps, u_first, return_weights
     )
     return (sigma, us, vs, normalized) if return_weights else (sigma, us, vs)
@@ -268,7 +281,5 @@ def power_iteration(
     Source: Miyato, Kataoka, Koyama, Yoshida, "Spectral normalization for generative adversarial networks", ICLR 2018,
     algorithm 1.
     """
-    _check([weight], [u], [v], [dim])
-    _check_options(n_iterations, eps)
-    sigma, normalized, us, vs = _power_iteration([weight], [u], [v], [dim], n_iterations, eps, u_first, return_weight)
+    sigma, normalized, us, vs = _computed([weight], [u], [v], [dim], n_iterations, eps, u_first, return_weight)
     return (sigma[0], us[0], vs[0], normalized[0]) if return_weight else (sigma[0], us[0], vs[0])

@@ -1,17 +1,13 @@
 """A weight whose spectral norm is held below a bound, W / max(1, sigma / bound): the short way for the CPU, beside
-`pygen.ops._spectral_weight`, on which it stands, and the formula for everything else. Used by _spectral_norm.py."""
+`pygen.ops._spectral_weights`, on which it stands, and the formula for everything else. Used by _spectral_norm.py."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pygen.ops import _operator
-from pygen.ops._spectral_weight import compute, gradient
+from pygen.ops._spectral_weights import compute, gradients, is_plain
 from pygen.ops.power_iteration import power_iteration
-
-_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def divided(weight: Tensor, scale: Tensor) -> Tensor:
@@ -23,7 +19,7 @@ def _value(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float, bound: float
 ) -> tuple[Tensor, Tensor | None]:
     """The bounded weight; and, only if sigma is above the bound, what the gradient needs."""
-    normalized, saved = compute(weight, u, v, dim, n_iterations, eps)
+    (normalized,), (saved,) = compute([weight], [u], [v], [dim], n_iterations, eps)
     if saved[0].item() > bound:
         return normalized.mul_(bound), saved
     return normalized.copy_(weight), None
@@ -46,7 +42,8 @@ class _BoundedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         if ctx.bound is None:
             return grad, None, None, None, None, None, None
-        found = gradient(grad * ctx.bound, *ctx.saved_tensors, ctx.dim, ctx.eps)
+        weight, saved = ctx.saved_tensors
+        (found,) = gradients([grad * ctx.bound], [weight], [saved], [ctx.dim], ctx.eps)
         return found, None, None, None, None, None, None
 
 
@@ -54,8 +51,7 @@ def bounded_weight(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_iterations: int, eps: float, bound: float
 ) -> Tensor:
     """W / max(1, sigma / bound) after n_iterations steps, u before v; u and v are changed in place."""
-    plain = not (_is_compiling() or _operator._autocast_enabled() or _operator._functorch_active())
-    if plain and weight.is_cpu and forward_ad._current_level < 0:
+    if weight.is_cpu and is_plain(weight.dtype):
         if weight.requires_grad and torch.is_grad_enabled():
             return _BoundedWeight.apply(weight, u, v, dim, n_iterations, eps, bound)
         with torch.no_grad():

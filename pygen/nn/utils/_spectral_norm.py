@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pygen.nn.utils._bounded_weight import bounded_weight, divided
-from pygen.ops._spectral_weight import spectral_weight
+from pygen.ops._spectral_weights import copy_all, spectral_weights
 from pygen.ops.power_iteration import power_iteration, power_iteration_multi
 
 # How many steps bring random vectors near the singular ones at registration; torch's number.
@@ -85,11 +85,17 @@ class SpectralNorm(nn.Module):
         # They change in place: DistributedDataParallel and replicas know the buffers by their memory.
         n_iterations = self.n_power_iterations if self.training else 0
         if self.bound is None:
-            result = spectral_weight(weight, u, v, self.dim, n_iterations, self.eps)
+            (result,) = spectral_weights([weight], [u], [v], [self.dim], n_iterations, self.eps)
         else:
             result = bounded_weight(weight, u, v, self.dim, n_iterations, self.eps, self.bound)
         # Autocast computes in float32.
         return result if result.dtype == weight.dtype else result.to(weight.dtype)
+
+    def deliver(self, weight: Delivered | None) -> None:
+        if _is_compiling():
+            self.delivered = weight
+        else:
+            self.__dict__["delivered"] = weight  # nn.Module's own way takes 3 us
 
     def _normalized_vector(self, weight: Tensor) -> Tensor:
         if self.bound is None:
@@ -141,7 +147,10 @@ class _OneParametrization(parametrize.ParametrizationList):
         original = self._parameters.get("original")
         if original is None or len(self._modules) > 1:
             return super().forward()
-        return self._modules["0"](original)  # type: ignore[misc]
+        norm: Any = self._modules["0"]
+        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+            return norm(original)
+        return norm.forward(original)  # past nn.Module's call, another tenth
 
 
 def register(module: nn.Module, name: str, norm: SpectralNorm) -> None:
@@ -219,7 +228,7 @@ class ModelHooks:
     def forget(self, model: nn.Module, args: Any, output: Any) -> None:
         for _, norm, _ in self._layers(model):
             if norm.delivered is not None and norm.delivered.model is model:
-                norm.delivered = None
+                norm.deliver(None)
 
 
 def _deliver_group(
@@ -232,6 +241,24 @@ def _deliver_group(
     originals = [original for _, original in members]
     us, vs = [norm._u for norm, _ in members], [norm._v for norm, _ in members]
     dims = [norm.dim for norm, _ in members]
+    if bound is None:
+        weights = spectral_weights(originals, us, vs, dims, n_iterations, eps)
+    else:
+        weights = _bounded_weights(originals, us, vs, dims, n_iterations, eps, bound)
+    for (norm, original), weight in zip(members, weights, strict=True):
+        result = weight if weight.dtype == original.dtype else weight.to(original.dtype)
+        norm.deliver(Delivered(result, original, _version(original), model))
+
+
+def _bounded_weights(
+    originals: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    dims: list[int],
+    n_iterations: int,
+    eps: float,
+    bound: float,
+) -> Sequence[Tensor]:
     by_value = originals[0].is_cpu and not (_is_compiling() or torch._C._are_functorch_transforms_active())
     sigma, new_us, new_vs, *normalized = power_iteration_multi(
         originals,
@@ -241,27 +268,13 @@ def _deliver_group(
         eps=eps,
         dims=dims,
         u_first=True,
-        return_weights=bound is None or by_value,
+        return_weights=by_value,
     )
     if n_iterations:
-        _copy_all(us + vs, [*new_us, *new_vs])
-    if bound is None:
-        weights = normalized[0]
-    elif by_value:
-        # As in bounded_weight: the gradient of a product with a number is a third of the formula's work.
-        layers = zip(originals, normalized[0], sigma.tolist(), strict=True)
-        weights = [whole * bound if value > bound else original.clone() for original, whole, value in layers]
-    else:
+        copy_all(us + vs, [*new_us, *new_vs])
+    if not by_value:
         scales = (sigma / bound).unbind()
-        weights = [divided(original, scale) for original, scale in zip(originals, scales, strict=True)]
-    for (norm, original), weight in zip(members, weights, strict=True):
-        result = weight if weight.dtype == original.dtype else weight.to(original.dtype)
-        norm.delivered = Delivered(result, original, _version(original), model)
-
-
-def _copy_all(buffers: list[Tensor], values: list[Tensor]) -> None:
-    if torch._C._are_functorch_transforms_active():  # has no rule for _foreach_copy_
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
-    else:
-        torch._foreach_copy_(buffers, values)
+        return [divided(original, scale) for original, scale in zip(originals, scales, strict=True)]
+    # As in bounded_weight: the gradient of a product with a number is a third of the formula's work.
+    layers = zip(originals, normalized[0], sigma.tolist(), strict=True)
+    return [whole * bound if value > bound else original.clone() for original, whole, value in layers]
