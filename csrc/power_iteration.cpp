@@ -23,8 +23,10 @@ using Doubles = std::vector<double>;
 // A matrix below this stays in the second-level cache from one product to the next: one thread does all of it. Larger
 // ones are shared by all threads.
 constexpr int64_t kAlone = int64_t{1} << 18;
-// Bytes of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into.
+// Bytes and lines of a chunk at least, and chunks at most: every chunk has a vector of its own to sum into, which costs as
+// much as a few lines.
 constexpr int64_t kChunk = int64_t{1} << 19;
+constexpr int64_t kFewestLines = 64;
 constexpr int64_t kMostChunks = 32;
 // Lines of a chunk at most: one after the other they are added in the type itself. Only of narrow matrices it asks for
 // more chunks, whose sums are short.
@@ -177,9 +179,10 @@ class Iteration {
     left_ = p().as(matrix_.wide());
     right_ = q().as(matrix_.wide());
     const int64_t count = divided_up(matrix_.lines(), kLinesAtOnce);
-    const int64_t wanted = std::max(std::clamp<int64_t>(matrix_.bytes() / kChunk, 1, kMostChunks),
-                                    divided_up(matrix_.lines(), kMostLines));
-    const int64_t per_chunk = std::max<int64_t>(1, divided_up(count, wanted));
+    const int64_t wanted = std::min(matrix_.bytes() / kChunk, matrix_.lines() / kFewestLines);
+    const int64_t chunks =
+        std::max(std::clamp<int64_t>(wanted, 1, kMostChunks), divided_up(matrix_.lines(), kMostLines));
+    const int64_t per_chunk = std::max<int64_t>(1, divided_up(count, chunks));
     chunks_ = divided_up(count, per_chunk);
     lines_per_chunk_ = per_chunk * kLinesAtOnce;
     if (pass != Pass::kTransposed) product_.resize(matrix_.lines() * matrix_.width());
