@@ -37,7 +37,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import hinge_discriminator_loss
+        >>> from pygen.functional import hinge_discriminator_loss
         >>> hinge_discriminator_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0]))
         tensor(1.2500)
 
@@ -58,7 +58,7 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import hinge_generator_loss
+        >>> from pygen.functional import hinge_generator_loss
         >>> hinge_generator_loss(torch.tensor([-3.0, 1.0]))
         tensor(1.)
 
@@ -79,7 +79,7 @@ def non_saturating_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import non_saturating_discriminator_loss
+        >>> from pygen.functional import non_saturating_discriminator_loss
         >>> non_saturating_discriminator_loss(torch.zeros(4), torch.zeros(4))
         tensor(1.3863)
 
@@ -99,7 +99,7 @@ def non_saturating_generator_loss(fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import non_saturating_generator_loss
+        >>> from pygen.functional import non_saturating_generator_loss
         >>> non_saturating_generator_loss(torch.zeros(4))
         tensor(0.6931)
 
@@ -120,7 +120,7 @@ def wasserstein_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import wasserstein_discriminator_loss
+        >>> from pygen.functional import wasserstein_discriminator_loss
         >>> wasserstein_discriminator_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0]))
         tensor(-2.2500)
 
@@ -140,7 +140,7 @@ def wasserstein_generator_loss(fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import wasserstein_generator_loss
+        >>> from pygen.functional import wasserstein_generator_loss
         >>> wasserstein_generator_loss(torch.tensor([-3.0, 1.0]))
         tensor(1.)
 
@@ -161,7 +161,7 @@ def least_squares_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import least_squares_discriminator_loss
+        >>> from pygen.functional import least_squares_discriminator_loss
         >>> least_squares_discriminator_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
         tensor(1.2500)
 
@@ -181,7 +181,7 @@ def least_squares_generator_loss(fake: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gan_losses import least_squares_generator_loss
+        >>> from pygen.functional import least_squares_generator_loss
         >>> least_squares_generator_loss(torch.tensor([1.0, 0.0]))
         tensor(0.2500)
 
@@ -212,7 +212,7 @@ def gan_loss(name: str) -> GANLoss:
         ValueError: there are none.
 
     Example:
-        >>> from pygen.functional.gan_losses import gan_loss, hinge_generator_loss
+        >>> from pygen.functional import gan_loss, hinge_generator_loss
         >>> gan_loss("hinge").generator is hinge_generator_loss
         True
     """

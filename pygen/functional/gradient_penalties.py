@@ -67,7 +67,7 @@ def gradient_penalty(
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gradient_penalties import gradient_penalty
+        >>> from pygen.functional import gradient_penalty
         >>> critic = torch.nn.Linear(2, 1)
         >>> critic.weight.data = torch.tensor([[3.0, 4.0]])  # slope 5 everywhere
         >>> gradient_penalty(critic, torch.randn(8, 2), torch.randn(8, 2)).item()
@@ -104,7 +104,7 @@ def interpolates(real: Tensor, fake: Tensor, *, generator: torch.Generator | Non
 
     Example:
         >>> import torch
-        >>> from pygen.functional.gradient_penalties import interpolates
+        >>> from pygen.functional import interpolates
         >>> points = interpolates(torch.ones(3, 2), torch.zeros(3, 2))  # the alphas
         >>> bool((points[:, 0] == points[:, 1]).all() and (points[0] != points[1]).all())
         True

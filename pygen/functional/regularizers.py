@@ -80,7 +80,7 @@ def spectral_penalty(
 
     Example:
         >>> import torch
-        >>> from pygen.functional.regularizers import spectral_penalty
+        >>> from pygen.functional import spectral_penalty
         >>> weight = torch.diag(torch.tensor([3.0, 1.0]))
         >>> spectral_penalty([weight], [torch.ones(2)], [torch.ones(2)], n_iterations=20)[0]
         tensor(9.)
@@ -112,7 +112,7 @@ class SpectralPenalty(nn.Module):
 
     Example:
         >>> import torch
-        >>> from pygen.functional.regularizers import SpectralPenalty
+        >>> from pygen.functional import SpectralPenalty
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
         >>> model[0].weight.data, model[2].weight.data = torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2)
         >>> penalty = SpectralPenalty(model)
@@ -219,7 +219,7 @@ def frobenius_bound(
 
     Example:
         >>> import torch
-        >>> from pygen.functional.regularizers import frobenius_bound
+        >>> from pygen.functional import frobenius_bound
         >>> frobenius_bound([torch.ones(2, 2), torch.ones(1, 5)])
         tensor(9.)
 
@@ -275,7 +275,7 @@ def self_orthogonality(
 
     Example:
         >>> import torch
-        >>> from pygen.functional.regularizers import self_orthogonality
+        >>> from pygen.functional import self_orthogonality
         >>> self_orthogonality(torch.randn(64, 3).double(), torch.ones(3, 2).double()).item()
         402.0
 
@@ -338,7 +338,7 @@ def orthogonality(weight: Tensor, *, between: str = "columns", dim: int = 0) -> 
 
     Example:
         >>> import torch
-        >>> from pygen.functional.regularizers import orthogonality
+        >>> from pygen.functional import orthogonality
         >>> orthogonality(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))  # 1 * 2 = 2, in either order
         tensor(8.)
 

@@ -97,7 +97,7 @@ class InvertibleResidual(Transform):
 
     Example:
         >>> import torch
-        >>> from pygen.nn.invertible_residual import InvertibleResidual
+        >>> from pygen.nn import InvertibleResidual
         >>> branch = torch.nn.Linear(2, 2, bias=False)
         >>> with torch.no_grad():
         ...     _ = branch.weight.copy_(torch.tensor([[0.0, 0.5], [0.5, 0.0]]))

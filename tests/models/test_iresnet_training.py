@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +211,20 @@ def test_digits_are_classified_and_found_again_from_their_features(tmp_path):
     assert (found.x - digits.test - 0.5).abs().max() < 0.01, "of a grey level"
     assert torch.equal(model.reconstruct(digits.test), digits.test)
     assert max(branch_bounds(model)) <= 0.9 * (1 + 2e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_equal_weights_and_singular_vectors(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    program = Path(__file__).parents[1] / "training" / "two_processes_iresnet.py"
+    done = subprocess.run(
+        [*command, str(program), str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

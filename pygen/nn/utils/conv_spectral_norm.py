@@ -72,7 +72,7 @@ def conv_operator_norm(
 
     Example:
         >>> import torch
-        >>> from pygen.nn.utils.conv_spectral_norm import conv_operator_norm
+        >>> from pygen.nn.utils import conv_operator_norm
         >>> conv = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
         >>> _ = torch.nn.init.ones_(conv.weight)  # as a matrix its norm is 3
         >>> conv_operator_norm(conv, (8, 8))
@@ -163,7 +163,7 @@ def conv_spectral_norm(
 
     Example:
         >>> import torch
-        >>> from pygen.nn.utils.conv_spectral_norm import conv_operator_norm, conv_spectral_norm
+        >>> from pygen.nn.utils import conv_operator_norm, conv_spectral_norm
         >>> conv = conv_spectral_norm(torch.nn.Conv2d(3, 8, 3, padding=1), (16, 16)).eval()
         >>> bool((conv_operator_norm(conv, (16, 16)) - 1).abs() < 1e-3)
         True

@@ -54,7 +54,7 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int] | None = None) 
 
     Example:
         >>> import torch
-        >>> from pygen.nn.utils.lipschitz import lipschitz_bound
+        >>> from pygen.nn.utils import lipschitz_bound
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
         >>> with torch.no_grad():
         ...     _ = net[0].weight.copy_(torch.diag(torch.tensor([2.0, 1.0]))), net[2].weight.fill_(3.0)

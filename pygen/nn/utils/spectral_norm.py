@@ -67,7 +67,7 @@ def spectral_norm(
 
     Example:
         >>> import torch
-        >>> from pygen.nn.utils.spectral_norm import spectral_norm
+        >>> from pygen.nn.utils import spectral_norm
         >>> layer = spectral_norm(torch.nn.Linear(20, 40), n_power_iterations=50)
         >>> torch.allclose(torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0))
         True
@@ -127,7 +127,7 @@ def spectral_norm_all(
 
     Example:
         >>> import torch
-        >>> from pygen.nn.utils.spectral_norm import spectral_norm_all
+        >>> from pygen.nn.utils import spectral_norm_all
         >>> critic = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
         >>> critic = spectral_norm_all(critic, exclude=["2"])
         >>> list(critic.state_dict())[:3]
