@@ -63,3 +63,20 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set PYGEN_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def run_here(capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+    from pygen import cli
+
+    def run(*words):
+        try:
+            cli.main([str(word) for word in words])
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -2,6 +2,10 @@
 
 import contextlib
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -42,3 +46,19 @@ def running_on(backend: str):
     else:
         with backends.cpu_capability(backend.removeprefix("cpu-")):
             yield torch.device("cpu")
+
+
+def torchrun(program: Path, *words: object, processes: int = 2, seconds: int = 240) -> None:
+    """Run a program in processes that know each other; fails with what they said if it does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    done = subprocess.run(
+        [*command, str(program), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -23,22 +23,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.jo
 TINY = ("--set", "depth=2", "--set", "hidden=[8]", "--device", "cpu")
 
 
-@pytest.fixture
-def run_here(capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        try:
-            cli.main([str(word) for word in words])
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two epochs that the tests below read and do not change."""

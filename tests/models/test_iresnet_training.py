@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from harness import torchrun
+
 for package in ("typer", "rich", "matplotlib", "accelerate", "safetensors"):
     pytest.importorskip(package)
 
-from pygen import cli, data, models, training  # noqa: E402
+from pygen import data, models, training  # noqa: E402
 from pygen.models._iresnet_blocks import bounded_weights  # noqa: E402
 from pygen.nn.invertible_residual import InvertibleResidual  # noqa: E402
 from pygen.nn.utils._conv_operator import dense_matrix  # noqa: E402
@@ -26,22 +24,6 @@ from pygen.training import metrics  # noqa: E402
 CONFIG = training.TrainConfig(epochs=1, batch_size=16, device="cpu", progress=False, learning_rate=1e-2, warmup_steps=0)
 OBJECTIVES = ("density", "classifier", "hybrid")
 TINY = ("--set", "blocks=1", "--set", "hidden=[8]", "--device", "cpu")
-
-
-@pytest.fixture
-def run_here(capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        try:
-            cli.main([str(word) for word in words])
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def small_moons():
@@ -215,16 +197,4 @@ def test_digits_are_classified_and_found_again_from_their_features(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_keep_equal_weights_and_singular_vectors(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    program = Path(__file__).parents[1] / "training" / "two_processes_iresnet.py"
-    done = subprocess.run(
-        [*command, str(program), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(Path(__file__).parents[1] / "training" / "two_processes_iresnet.py", tmp_path / "run")

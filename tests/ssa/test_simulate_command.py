@@ -11,7 +11,6 @@ import pytest
 for package in ("typer", "rich"):
     pytest.importorskip(package)
 
-from pygen import cli  # noqa: E402
 from pygen.ssa import examples  # noqa: E402
 from pygen.ssa.run import load  # noqa: E402
 from pygen.ssa.simulate import simulate  # noqa: E402
@@ -21,25 +20,14 @@ FEW = ("--trajectories", 3, "--method", "direct")
 
 
 @pytest.fixture
-def run_here(capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        try:
-            cli.main(["simulate", *(str(word) for word in words)])
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+def simulate_here(run_here):
+    return lambda *words: run_here("simulate", *words)
 
 
-def test_a_built_in_model_prints_its_mean_and_writes_file_and_picture(tmp_path, run_here):
+def test_a_built_in_model_prints_its_mean_and_writes_file_and_picture(tmp_path, simulate_here):
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "x.npz", tmp_path / "x.png"
-    code, text, err = run_here("dimer_decay", *SMALL, "--species", "S2,S1", "--out", out, "--plot", plot)
+    code, text, err = simulate_here("dimer_decay", *SMALL, "--species", "S2,S1", "--out", out, "--plot", plot)
     assert code == 0 and err == ""
     run = simulate(examples.dimer_decay(), [0, 0.5, 1, 1.5, 2], 50, 3, record=["S2", "S1"])
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines() if "│" in line]
@@ -49,28 +37,29 @@ def test_a_built_in_model_prints_its_mean_and_writes_file_and_picture(tmp_path, 
     assert load(out).counts.equal(run.counts) and plot.stat().st_size > 5000
 
 
-def test_options_reach_the_simulation(tmp_path, run_here):
+def test_options_reach_the_simulation(tmp_path, simulate_here):
     out = tmp_path / "x.npz"
     words = ("--set", "death=3", "--set", "immigration=0", "--initial", "X=7", "--stop", "X == 2", "--t", "0,1,50")
-    code, text, _ = run_here("immigration_death", *SMALL, *words, "--reduce", "first_passage, histogram", "--out", out)
+    reduced = ("--reduce", "first_passage, histogram")
+    code, text, _ = simulate_here("immigration_death", *SMALL, *words, *reduced, "--out", out)
     assert code == 0 and "50 trajectories: 50 stopped" in text and "stopped at " in text
     run = load(out)
     assert run.t.tolist() == [0, 1, 50] and run.counts is None and run.stop_time.isfinite().all()
     assert run.parameters.tolist() == [[0, 3]] and run.mean()[:, 0].tolist()[::2] == [7, 2]
-    code, text, err = run_here("immigration_death", *SMALL, "--max-events", 3)
+    code, text, err = simulate_here("immigration_death", *SMALL, "--max-events", 3)
     assert code == 0 and "50 of 50 trajectories ended early: 50 max_events" in err and len(err.splitlines()) == 1
     assert text.count(" - ") == 4, "no mean where no trajectory got"
 
 
-def test_models_are_read_from_files_of_every_kind(tmp_path, real_data, run_here):
+def test_models_are_read_from_files_of_every_kind(tmp_path, real_data, simulate_here):
     case = real_data / "dsmts" / "00001"
     sbml = sorted(case.glob("*l3v1*.xml")) or sorted(case.glob("*.xml"))
     pytest.importorskip("libsbml")
-    code, text, err = run_here(sbml[0], "--t", "0:1:2", *FEW)
+    code, text, err = simulate_here(sbml[0], "--t", "0:1:2", *FEW)
     assert code == 0, err
-    code, text, err = run_here(real_data / "heat_shock_stochkit.xml", "--t", "0:0.01:2", *FEW)
+    code, text, err = simulate_here(real_data / "heat_shock_stochkit.xml", "--t", "0:0.01:2", *FEW)
     assert code == 0 and "and 22 more species; choose with --species" in text, err
-    code, text, err = run_here(real_data / "egfr_net.net", "--t", "0:0.001:2", *FEW)
+    code, text, err = simulate_here(real_data / "egfr_net.net", "--t", "0:0.001:2", *FEW)
     assert code == 0 and "and 350 more species" in text, err
 
 
@@ -103,9 +92,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_a_sentence_and_exit_code_2(mistake, run_here):
+def test_a_mistake_is_a_sentence_and_exit_code_2(mistake, simulate_here):
     words, sentence = MISTAKES[mistake]
-    code, _, err = run_here(*words)
+    code, _, err = simulate_here(*words)
     assert code == 2
     assert sentence in err and len(err.strip().splitlines()) == 1
 
@@ -118,12 +107,12 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(mistake, run_here):
         ("pandas", ("sir", *SMALL, "--out", "x.csv")),
     ),
 )
-def test_a_missing_package_is_named_with_its_extra(package, words, tmp_path, run_here, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(package, words, tmp_path, simulate_here, monkeypatch):
     (tmp_path / "x.xml").write_text("<sbml></sbml>")
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # what the import system takes for "not installed"
-    code, _, err = run_here(*(str(word).replace("{tmp}", str(tmp_path)) for word in words))
+    code, _, err = simulate_here(*(str(word).replace("{tmp}", str(tmp_path)) for word in words))
     assert code == 2 and package in err and "pip install 'pygen[ssa]'" in err
 
 

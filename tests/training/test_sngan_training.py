@@ -4,15 +4,14 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from harness import torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
@@ -199,54 +198,30 @@ def test_bfloat16_trains_both_players(dataset, tmp_path):
 
 
 def test_two_processes_keep_equal_players_vectors_and_running_statistics(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "two_processes_sngan.py"), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(Path(__file__).parent / "two_processes_sngan.py", tmp_path / "run")
     assert [row["epoch"] for row in metrics.read(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4]
 
 
-def pygen(capsys, *words):
-    """The command in this process: (exit code, standard output, standard error)."""
-    from pygen import cli
-
-    try:
-        cli.main([str(word) for word in words])
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_the_command_trains_with_pictures_and_samples_from_the_run(tmp_path, capsys):
+def test_the_command_trains_with_pictures_and_samples_from_the_run(tmp_path, run_here):
     for package in ("typer", "sklearn", "matplotlib"):
         pytest.importorskip(package)
     run = tmp_path / "run"
     options = ("--minutes", 1 / 60, "--batch-size", 512, "--set", "width=4", "--set", "latent_dim=4")
-    code, out, err = pygen(capsys, "train", "sngan", "--data", "digits", "--out", run, "--device", "cpu", *options)
+    code, out, err = run_here("train", "sngan", "--data", "digits", "--out", run, "--device", "cpu", *options)
     assert code == 0, err
     assert "x 10^-3 squared kernel distance, score real" in out and out.rstrip().endswith(f"next: pygen sample {run}")
     assert all((run / name).stat().st_size > 1000 for name in ("samples.png", "scores.png"))
     saved = training.load_model(run)
     assert saved.config["distance_scale"] == models.SNGAN.arguments_for(data.load("digits"))["distance_scale"]
     drawn = (run / "samples.png").read_bytes()
-    code, out, err = pygen(capsys, "sample", run, "--n", 9, "--seed", 1, "--out", tmp_path / "s.npz")
+    code, out, err = run_here("sample", run, "--n", 9, "--seed", 1, "--out", tmp_path / "s.npz")
     assert code == 0 and "9 samples" in out, err
 
     found = torch.from_numpy(np.load(tmp_path / "s.npz")["samples"])
     assert torch.equal(found, saved.sample(9, generator=torch.Generator().manual_seed(1)))
-    code, _, err = pygen(capsys, "sample", run)
+    code, _, err = run_here("sample", run)
     assert code == 0 and (run / "samples.png").read_bytes() != drawn, err
-    code, _, err = pygen(capsys, "sample", run, "--reconstruct", 2)
+    code, _, err = run_here("sample", run, "--reconstruct", 2)
     assert code == 2 and "a sngan has no encoder to reconstruct by" in err
-    code, _, err = pygen(capsys, "sample", run, "--interpolate", 2)
+    code, _, err = run_here("sample", run, "--interpolate", 2)
     assert code == 2 and "a sngan has no latents of its data to interpolate between" in err

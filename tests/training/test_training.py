@@ -5,15 +5,14 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from harness import torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
@@ -340,16 +339,5 @@ def test_unknown_and_absent_devices_are_a_sentence(dataset, tmp_path):
 
 
 def test_two_processes_train_one_model_and_resume_it(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "two_processes.py"), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(Path(__file__).parent / "two_processes.py", tmp_path / "run")
     assert [row["epoch"] for row in metrics.read(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4]

@@ -3,15 +3,14 @@
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from harness import torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
@@ -136,16 +135,5 @@ def test_two_epochs_of_digits_use_many_codes(tmp_path):
 
 @pytest.mark.parametrize("options", ("ema", "residual"))
 def test_two_processes_keep_one_codebook_with_one_all_reduce_a_step(tmp_path, options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "two_processes_vqvae.py"), str(tmp_path / "run"), options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(Path(__file__).parent / "two_processes_vqvae.py", tmp_path / "run", options)
     assert [row["epoch"] for row in metrics.read(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4]
