@@ -17,6 +17,9 @@ constexpr int kLines = PYGEN_VECTOR_BYTES == 64 ? 8 : 4;
 // Sums of a piece are in the type itself, of pieces in float64. 16-bit lines are widened piece by piece, kLines of them
 // into 32 KB.
 constexpr int64_t kPiece = 1024;
+// Bytes that elementwise loops ask for ahead of where they read and write. What is written must be fetched as well, and the
+// hardware does not see that coming: asked for, W / sigma of 4 and 9 MB takes 0.7 to 0.8 of the time.
+constexpr int64_t kReadAhead = 4096, kWriteAhead = 2048;
 
 // sum[r] += W_r . q for R lines that are `stride` apart.
 template <int R, typename C>
@@ -121,6 +124,13 @@ void transposed(const void* data, int64_t count, int64_t n, const void* p, void*
   for (; i < count; ++i) add<1>(w + i * n, n, left + i, static_cast<C*>(t));
 }
 
+// Once for each line of the cache, and no fault where it is beyond the end.
+template <typename T>
+PYGEN_INLINE void ask_ahead(const T* from, T* to) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + kReadAhead);
+  __builtin_prefetch(reinterpret_cast<const char*>(to) + kWriteAhead, 1);
+}
+
 // f(i, m, to) computes the elements [i, i + m) of out into `to`: their place, or, of the 16-bit types, a buffer.
 template <typename T, typename F>
 PYGEN_INLINE void in_pieces(int64_t n, T* out, const F& f) {
@@ -144,7 +154,10 @@ void scale(const void* x, int64_t n, double factor, void* out) {
   in_pieces(n, static_cast<T*>(out), [&](int64_t i, int64_t m, C* to) {
     C buffer[sizeof(T) == 2 ? kPiece : 1];
     const C* from = piece_of<1>(static_cast<const T*>(x) + i, 0, m, buffer).lines;
-    for (int64_t j = 0; j < m; j += VecOf<C>::lanes) write(to, j, m, read(from, j, m) * by);
+    for (int64_t j = 0; j < m; j += VecOf<C>::lanes) {
+      ask_ahead(from + j, to + j);
+      write(to, j, m, read(from, j, m) * by);
+    }
   });
 }
 
@@ -180,7 +193,10 @@ void combine(const void* grad, int64_t n, double factor, double along, const voi
       return;
     }
     const C* from = piece_of<1>(static_cast<const T*>(grad) + i, 0, m, buffer).lines;
-    for (int64_t j = 0; j < m; j += VecOf<C>::lanes) write(to, j, m, read(from, j, m) * f + read(right, j, m) * a);
+    for (int64_t j = 0; j < m; j += VecOf<C>::lanes) {
+      ask_ahead(from + j, to + j);
+      write(to, j, m, read(from, j, m) * f + read(right, j, m) * a);
+    }
   });
 }
 
