@@ -314,6 +314,8 @@ void run_together(const Iterations& matrices, int64_t n_iterations) {
       for (int64_t c = 0; c < chunks; ++c) tasks.emplace_back(matrix, c);
     }
     if (taking.empty()) return;
+    // Back and forth: what was read last is in the caches still.
+    if (i % 2) std::reverse(tasks.begin(), tasks.end());
     for_each_task(tasks.size(), [&](int64_t t) { tasks[t].first->chunk(tasks[t].second); });
     for_each_task(taking.size(), [&](int64_t t) { taking[t]->finish(n_iterations > 0); });
   }
