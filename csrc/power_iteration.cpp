@@ -129,7 +129,7 @@ class Scratch {
   Scratch() = default;
   Scratch(Scratch&& other) noexcept : bytes_(std::move(other.bytes_)) {}
   ~Scratch() {
-    if (bytes_.capacity() > 0) kept().push_back(std::move(bytes_));
+    if (bytes_.capacity() > 0 && kept().size() < kMostKept) kept().push_back(std::move(bytes_));
   }
   void resize(size_t n) {
     if (bytes_.capacity() == 0 && !kept().empty()) {
@@ -142,6 +142,8 @@ class Scratch {
   const char* data() const { return bytes_.data(); }
 
  private:
+  // Of each thread. More would pile up: what a worker makes for a small matrix, the thread of the call inherits.
+  static constexpr size_t kMostKept = 8;
   static std::vector<std::vector<char>>& kept() {
     thread_local std::vector<std::vector<char>> all;
     return all;

@@ -4,6 +4,9 @@ Not in cases.py: its operator takes lists, and u and v are constants of the grad
 contract. Gradients and torch's transformations are in test_power_iteration_torch.py.
 """
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -466,3 +469,21 @@ def test_a_weight_or_a_vector_that_is_not_floating_point_is_an_error(dtype, back
     for wrong in ((weight.to(dtype), u, v), (weight, u.to(dtype), v), (weight, u, v.to(dtype))):
         with pytest.raises(RuntimeError, match=f"power_iteration: .* floating point .* got .*{dtype}"):
             ops.power_iteration(*wrong)
+
+
+@pytest.mark.skipif(INTERPRETED or not Path("/proc/self/statm").exists(), reason="counts the pages of a Linux process")
+def test_memory_does_not_grow_from_call_to_call(two_threads):
+    """Threads hand each other the memory for their sums."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    torch.set_num_threads(2)
+    weights = [torch.ones(128, 300) for _ in range(12)]
+    us, vs = [torch.ones(128)] * 12, [torch.ones(300)] * 12
+    for _ in range(200):
+        ops.power_iteration_multi(weights, us, vs, u_first=True)
+    before = resident()
+    for _ in range(800):
+        ops.power_iteration_multi(weights, us, vs, u_first=True)
+    assert resident() - before < 8 << 20
