@@ -8,13 +8,14 @@ call takes the shortest road on which nobody who must be asked is passed by. All
 ===========================================  ====  =========================================================
 road                                         us    who takes it
 ===========================================  ====  =========================================================
-a C function (csrc/small.h, cumax only)      3.6   small plain CPU tensors, nobody watching (mode, profiler)
+a C function (csrc/small.h, some ops)        3.6   small plain CPU tensors, nobody watching (mode, profiler)
 the operator below the autograd key          8     everything else without a gradient, on any device
 the registered operator                      16    torch.compile, autocast
 an autograd.Function of the same derivative  23    what needs a gradient (the registered operator: 43)
 ===========================================  ====  =========================================================
 
-torch.func has an autograd.Function of its own, which also refuses forward-mode derivatives.
+The C functions are those of cumax and, for tensors of any size, of power_iteration and the weights of
+`pygen.nn.utils.spectral_norm` (_spectral_weights.py). torch.func has an autograd.Function of its own, which also refuses forward-mode derivatives.
 """
 
 import contextlib
