@@ -15,7 +15,8 @@ an autograd.Function of the same derivative  23    what needs a gradient (the re
 ===========================================  ====  =========================================================
 
 The C functions are those of cumax and, for tensors of any size, of power_iteration and the weights of
-`pygen.nn.utils.spectral_norm` (_spectral_weights.py). torch.func has an autograd.Function of its own, which also refuses forward-mode derivatives.
+`pygen.nn.utils.spectral_norm` (_spectral_weights.py). torch.func has an autograd.Function of its own, which also
+refuses forward-mode derivatives.
 """
 
 import contextlib
