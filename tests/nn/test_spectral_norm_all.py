@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, parametrize
 
 import pygen.nn.utils._spectral_norm as implementation
-from pygen.nn.utils.spectral_norm import spectral_norm, spectral_norm_all
+from pygen.nn.utils import conv_spectral_norm, spectral_norm, spectral_norm_all
 
 
 class Critic(nn.Module):
@@ -611,3 +611,10 @@ def test_arguments_that_make_no_sense_are_refused():
         spectral_norm_all(model[0], bound=0)
     assert type(model[0]) is nn.Linear, "what was refused has changed nothing"
     assert not model._forward_pre_hooks
+
+
+def test_a_convolution_that_is_normalised_as_an_operator_is_left_alone():
+    convolution = conv_spectral_norm(nn.Conv2d(1, 2, 3, padding=1), (5, 5))
+    model = spectral_norm_all(nn.Sequential(convolution, nn.Flatten(), nn.Linear(50, 3)))
+    assert len(model[0].parametrizations.weight) == 1
+    assert len(norms_of(model)) == 1

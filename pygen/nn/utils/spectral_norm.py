@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from pygen.nn.utils._spectral_norm import ModelHooks, SpectralNorm, register, spectral_norm_of
+from pygen.nn.utils.conv_spectral_norm import ConvSpectralNorm
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -103,8 +104,9 @@ def spectral_norm_all(
 
     A parameter that several layers share is normalised once for all of them, if their outputs are counted by the same
     dimension. Layers that have a `spectral_norm` already keep it, with its options, and are computed with the others;
-    those that have torch's are left alone. Copies of the model (``copy.deepcopy``, replicas) serve themselves.
-    As with every parametrization, ``torch.save(model)`` is refused by torch; save ``model.state_dict()``.
+    those that have torch's, or a `conv_spectral_norm`, are left alone. Copies of the model (``copy.deepcopy``,
+    replicas) serve themselves. As with every parametrization, ``torch.save(model)`` is refused by torch; save
+    ``model.state_dict()``.
 
     The gradients of all weights are computed together as well, when the last of them is known. Activation checkpointing
     inside of `model` does not go with it: what is computed again in the backward is no longer inside of its forward.
@@ -188,4 +190,5 @@ def _chosen(
 def _is_normalized(module: nn.Module, name: str) -> bool:
     """Whether some spectral normalisation, torch's or ours, is among the parametrizations of a tensor."""
     present: Any = module.parametrizations
-    return any(isinstance(p, SpectralNorm | parametrizations._SpectralNorm) for p in present[name])
+    kinds = (SpectralNorm, ConvSpectralNorm, parametrizations._SpectralNorm)
+    return any(isinstance(p, kinds) for p in present[name])
