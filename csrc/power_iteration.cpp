@@ -227,12 +227,14 @@ void run_together(const Iterations& matrices, int64_t n_iterations) {
     for_each_task(taking.size(), [&](int64_t t) { taking[t]->finish(n_iterations > 0); });
   }
 }
+
 Tensor tensor_of(const Doubles& values, ScalarType dtype) {
   const int64_t n = values.size();
   Tensor result = empty_contiguous(&n, 1, dtype);
   power_kernels().narrow[type_of(dtype)](values.data(), n, result.mutable_data_ptr());
   return result;
 }
+
 // All steps of all matrices, and their weights divided by sigma into `out`, unless that is empty.
 void run_all(std::vector<Iteration>& all, int64_t n_iterations, const std::vector<char*>& out) {
   Iterations large;
