@@ -143,7 +143,9 @@ class Iteration {
 
   char* cleared_part(int64_t c) {
     const int64_t bytes = matrix_.elements() * matrix_.width();
-    return static_cast<char*>(std::memset(parts_.data() + c * bytes, 0, bytes));
+    char* const part = parts_.data() + c * bytes;
+    if (bytes > 0) std::memset(part, 0, bytes);
+    return part;
   }
 
   Doubles sum_of_parts() const {
