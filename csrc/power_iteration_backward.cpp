@@ -54,7 +54,7 @@ struct Gradient {
     return grad_sigma - (inner.empty() ? 0 : sum / sigma / sigma);
   }
 
-  // The weight is (outer, rows, inner), and so are pieces: `per` elements from line `begin` to line `end`.
+  // The weight is (outer, rows, inner): lines of `inner`, or, without an inner part, of `rows`.
   bool by_columns() const { return matrix.transposed(); }
   int64_t lines() const { return by_columns() ? matrix.outer : matrix.outer * matrix.rows; }
   int64_t per_line() const { return by_columns() ? matrix.rows : matrix.inner; }
