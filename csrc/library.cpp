@@ -51,6 +51,14 @@ STABLE_TORCH_LIBRARY(pygen, m) {
       "Tensor[] vs, int[] dims, float eps) -> Tensor[]");
 
   m.def(
+      "on_lstm(Tensor gates, Tensor? weight, Tensor? mask, Tensor? hidden, Tensor cell, Tensor? zoneout, "
+      "Tensor? batch_sizes, int chunk_size, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "on_lstm_backward(Tensor? grad_output, Tensor? grad_hidden, Tensor? grad_cell, Tensor? grad_distances, "
+      "Tensor? weight, Tensor? mask, Tensor cell, Tensor? zoneout, Tensor output, Tensor cells, Tensor activations, "
+      "Tensor? batch_sizes, int chunk_size) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
       "ssa_run(Tensor code, Tensor literals, Tensor initial, Tensor parameters, Tensor times, Tensor recorded, "
       "float start, int first, int seed, int stream, str method, float tau_epsilon, int max_events, int threads, "
       "Tensor(a!) control, Tensor(b!) counts, Tensor(c!) status, Tensor(d!) n_events, Tensor(e!) stop_time, "

@@ -5,6 +5,7 @@ from pygen.ops.affine_coupling import additive_coupling, affine_coupling, affine
 from pygen.ops.codebook_statistics import codebook_statistics
 from pygen.ops.cumax import cumax
 from pygen.ops.nearest_codebook import nearest_codebook
+from pygen.ops.on_lstm import on_lstm, on_lstm_cell
 from pygen.ops.power_iteration import power_iteration, power_iteration_multi
 from pygen.ops.rational_quadratic_spline import rational_quadratic_spline
 
@@ -16,6 +17,8 @@ __all__ = [
     "codebook_statistics",
     "cumax",
     "nearest_codebook",
+    "on_lstm",
+    "on_lstm_cell",
     "power_iteration",
     "power_iteration_multi",
     "rational_quadratic_spline",

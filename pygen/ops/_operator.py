@@ -237,6 +237,23 @@ def _list_operator(name: str, op: Callable[..., Any], rules: Rules) -> Callable[
     return call
 
 
+def looped_vmap(op: Callable[[], Any], tensors: int) -> Callable[..., Any]:
+    """vmap of `op()` one by one, over its first `tensors` arguments: for a batch of weights, of different matrices."""
+
+    def rule(info, in_dims, *args):
+        def slices(i: int):
+            return [
+                a if a is None or dim is None else a.select(dim, i)
+                for a, dim in zip(args[:tensors], in_dims, strict=False)
+            ]
+
+        outputs = zip(*(op()(*slices(i), *args[tensors:]) for i in range(info.batch_size)), strict=True)
+        stacked = tuple(torch.stack(one) for one in outputs)
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
 def derivative_through_reference(
     reference: Callable[..., Any],
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -252,18 +269,22 @@ def derivative_through_reference(
         ctx.save_for_backward(*(value for value in flat if isinstance(value, Tensor)))
 
     def backward(ctx, *grads):
-        tensors, others = ctx.saved_tensors, ctx.others
+        left, right = iter(ctx.saved_tensors), iter(ctx.others)
+        values = [next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor]
+        # Indices and masks have no derivative, and torch.func refuses to be asked for one.
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.is_floating_point()]
 
         def of_tensors(*given):
-            left, right = iter(given), iter(others)
-            flat = [next(left) if is_tensor else next(right) for is_tensor in ctx.is_tensor]
+            flat = list(values)
+            for i, value in zip(places, given, strict=True):
+                flat[i] = value
             results = reference(*_lists.unflatten(ctx.layout, flat))
             return (results,) if isinstance(results, Tensor) else tuple(_lists.flatten(results)[1])
 
         # torch.func, not torch.autograd: it nests in whatever transformation is asking, and its result can again be
         # differentiated.
-        _, pull_back = torch.func.vjp(of_tensors, *tensors)
-        found = iter(pull_back(tuple(_lists.flatten(grads)[1])))
-        return tuple(_lists.unflatten(ctx.layout, [next(found) if is_tensor else None for is_tensor in ctx.is_tensor]))
+        _, pull_back = torch.func.vjp(of_tensors, *(values[i] for i in places))
+        found = dict(zip(places, pull_back(tuple(_lists.flatten(grads)[1])), strict=True))
+        return tuple(_lists.unflatten(ctx.layout, [found.get(i) for i in range(len(values))]))
 
     return setup_context, backward

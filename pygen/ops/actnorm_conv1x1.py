@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pygen import reference
-from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, operator
+from pygen.ops._operator import Rules, contiguous_like, derivative_through_reference, looped_vmap, operator
 
 _NAMES = ("bias", "log_scale", "lower", "upper", "log_diagonal", "sign", "permutation")
 
@@ -32,22 +32,6 @@ def _backward(ctx, grad_z, grad_log_det):
     return *_mix_backward(grad_z, grad_log_det, *ctx.saved_tensors), None, None
 
 
-def _looped(op: Callable[[], Any], tensors: int):
-    """vmap one by one: a batch of weights is a batch of different matrices."""
-
-    def rule(info, in_dims, *args):
-        def slices(i: int):
-            return [
-                a if a is None or dim is None else a.select(dim, i)
-                for a, dim in zip(args[:tensors], in_dims, strict=False)
-            ]
-
-        outputs = zip(*(op()(*slices(i)) for i in range(info.batch_size)), strict=True)
-        return tuple(torch.stack(one) for one in outputs), (0,) * (2 if tensors == 8 else 6)
-
-    return rule
-
-
 _second_setup, _second_backward = derivative_through_reference(reference.actnorm_conv1x1_backward)
 
 _mix_backward: Callable[..., Any] = operator(
@@ -59,7 +43,7 @@ _mix_backward: Callable[..., Any] = operator(
         _fake_backward,
         _second_setup,
         _second_backward,
-        _looped(lambda: _mix_backward, 10),
+        looped_vmap(lambda: _mix_backward, 10),
         gpu="library",
     ),
 )
@@ -72,7 +56,7 @@ _mix: Callable[..., Any] = operator(
         _fake,
         _save,
         _backward,
-        _looped(lambda: _mix, 8),
+        looped_vmap(lambda: _mix, 8),
         gpu="library",
     ),
 )
@@ -88,7 +72,7 @@ _unmix: Callable[..., Any] = operator(
         _fake,
         _inverse_setup,
         _inverse_backward,
-        _looped(lambda: _unmix, 8),
+        looped_vmap(lambda: _unmix, 8),
         gpu="library",
     ),
 )

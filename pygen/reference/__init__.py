@@ -13,6 +13,7 @@ from pygen.reference.affine_coupling import (
 from pygen.reference.codebook_statistics import codebook_statistics
 from pygen.reference.cumax import cumax, cumax_backward
 from pygen.reference.nearest_codebook import METRICS, nearest_codebook
+from pygen.reference.on_lstm import on_lstm, on_lstm_backward
 from pygen.reference.power_iteration import power_iteration, power_iteration_backward
 from pygen.reference.rational_quadratic_spline import (
     TAILS,
@@ -37,6 +38,8 @@ __all__ = [
     "cumax_backward",
     "log_scale",
     "nearest_codebook",
+    "on_lstm",
+    "on_lstm_backward",
     "power_iteration",
     "power_iteration_backward",
     "rational_quadratic_spline",
