@@ -2,11 +2,11 @@
 #include "cpu/cumax.h"
 
 #include <algorithm>
-#include <memory>
 #include <stdexcept>
 
 #include "capability.h"
 #include "rows.h"
+#include "scratch.h"
 #include "small.h"
 #include "tensor.h"
 
@@ -22,20 +22,6 @@ int64_t checked_dim(const Tensor& x, int64_t dim) {
 }
 
 using RowKernel = void (*)(const CumaxTile&);
-
-// Scratch for one task, aligned for the widest vectors.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : memory_(bytes ? new char[bytes + kAlignment] : nullptr) {}
-  void* data() const {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment *
-                                   kAlignment);
-  }
-
- private:
-  static constexpr uintptr_t kAlignment = 64;
-  std::unique_ptr<char[]> memory_;
-};
 
 bool is_16_bit(const Tensor& x) {
   return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
