@@ -75,6 +75,32 @@ double normalise(const T* x, T* e, int64_t n) {
   return 1 / sum;
 }
 
+// out = f(x) over a row, several vectors side by side: each waits for a chain of a hundred cycles.
+template <typename T, typename F>
+PYGEN_INLINE void map_row(const T* x, int64_t n, T* out, F f) {
+  using V = typename VecOf<T>::vec;
+  constexpr int lanes = VecOf<T>::lanes;
+  int64_t i = 0;
+  for (; i + kSideBySide * lanes <= n; i += kSideBySide * lanes) {
+    V v[kSideBySide];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) v[k] = f(load(x + i + k * lanes));
+#pragma GCC unroll 4
+    for (int k = 0; k < kSideBySide; ++k) store(out + i + k * lanes, v[k]);
+  }
+  for (; i < n; i += lanes) write(out, i, n, f(read(x, i, n)));
+}
+
+template <typename T>
+void sigmoid_row(T* row, int64_t n) {
+  map_row(row, n, row, [](auto v) __attribute__((always_inline)) { return sigmoid(v).value; });
+}
+
+template <typename T>
+void tanh_row(const T* x, int64_t n, T* out) {
+  map_row(x, n, out, [](auto v) __attribute__((always_inline)) { return tanh(v); });
+}
+
 template <typename V>
 struct Combined {
   V overlap, kept, written;
@@ -86,15 +112,33 @@ PYGEN_INLINE Combined<V> combine(V master_forget, V master_in, V forget, V input
   return {overlap, forget * overlap + (master_forget - overlap), input * overlap + (master_in - overlap)};
 }
 
+// The cell state after a step, before zoneout.
+template <typename T, typename Gates>
+void new_cell_row(const Gates& gate, const T* master_forget, const T* master_in, const T* before, int64_t size,
+                  T* cell) {
+  for (int64_t i = 0; i < size; i += VecOf<T>::lanes) {
+    const auto both =
+        combine(load(master_forget + i), load(master_in + i), read(gate.forget, i, size), read(gate.input, i, size));
+    write(cell, i, size, both.kept * read(before, i, size) + both.written * read(gate.candidate, i, size));
+  }
+}
+
+// now = keep before + (1 - keep) now: for 0 and 1 one of the two, to the bit.
+template <typename T>
+void zone_out(const T* keep, const T* before, int64_t size, T* now) {
+  for (int64_t i = 0; i < size; i += VecOf<T>::lanes) {
+    const auto share = read(keep, i, size);
+    write(now, i, size, share * read(before, i, size) + (1 - share) * read(now, i, size));
+  }
+}
+
 template <typename T>
 void forward_row(const OnLstmStep& step, int64_t r) {
-  using V = typename VecOf<T>::vec;
   const int64_t size = step.size, n = size / step.chunk_size, width = 2 * n + 4 * size;
   const ScratchRows<T> rows(step.scratch, size);
   const GateRow<T> gate(static_cast<T*>(step.gates) + r * width, n, size);
   const auto state = [&](const void* p) { return p ? static_cast<const T*>(p) + r * size : nullptr; };
-  const T *const before = state(step.cell_before), *const hidden_before = state(step.hidden_before);
-  const T *const keep_cell = state(step.keep_cell), *const keep_hidden = state(step.keep_hidden);
+  const T* const before = state(step.cell_before);
   T *const cell = static_cast<T*>(step.cell) + r * size, *const hidden = static_cast<T*>(step.hidden) + r * size;
   T *const master_forget = rows[0], *const master_in = rows[1], *const chunks = rows[2];
 
@@ -106,37 +150,40 @@ void forward_row(const OnLstmStep& step, int64_t r) {
   const double in_mean = sums_behind(gate.in, n, in_scale, chunks);
   expand(chunks, n, step.chunk_size, master_in);
   scale_row(gate.in, n, in_scale);
-  static_cast<T*>(step.distance_forget)[r] = static_cast<T>(1 - forget_mean);
+  static_cast<T*>(step.distance_forget)[r] = static_cast<T>(forget_mean > 1 ? 0 : 1 - forget_mean);
   static_cast<T*>(step.distance_in)[r] = static_cast<T>(in_mean);
 
-  for (int64_t i = 0; i < size; i += VecOf<T>::lanes) {
-    const V output = sigmoid(read(gate.output, i, size)).value, candidate = tanh(read(gate.candidate, i, size));
-    const V input = sigmoid(read(gate.input, i, size)).value, forget = sigmoid(read(gate.forget, i, size)).value;
-    const auto both = combine(load(master_forget + i), load(master_in + i), forget, input);
-    const V c = read(before, i, size);
-    V new_cell = both.kept * c + both.written * candidate;
-    V new_hidden = output * tanh(new_cell);
-    if (keep_cell) {
-      new_cell += read(keep_cell, i, size) * (c - new_cell);
-      new_hidden += read(keep_hidden, i, size) * (read(hidden_before, i, size) - new_hidden);
-    }
-    write(gate.output, i, size, output);
-    write(gate.candidate, i, size, candidate);
-    write(gate.input, i, size, input);
-    write(gate.forget, i, size, forget);
-    write(cell, i, size, new_cell);
-    write(hidden, i, size, new_hidden);
+  sigmoid_row(gate.output, size);
+  tanh_row(gate.candidate, size, gate.candidate);
+  sigmoid_row(gate.input, 2 * size);  // and the forget gate, which lies behind it
+  new_cell_row(gate, master_forget, master_in, before, size, cell);
+  tanh_row(cell, size, hidden);
+  for (int64_t i = 0; i < size; i += VecOf<T>::lanes)
+    write(hidden, i, size, read(gate.output, i, size) * read(hidden, i, size));
+  if (step.keep_cell) {
+    zone_out(state(step.keep_cell), before, size, cell);
+    zone_out(state(step.keep_hidden), state(step.hidden_before), size, hidden);
   }
 }
 
-// row[k] = the sum of chunk k; in place, from front to back.
+// row[k] = the sum of chunk k, from front to back in place: a sum is written where every later chunk lies behind. Several
+// chunks side by side, because an addition waits for the one before.
+template <typename T, int count>
+PYGEN_INLINE void sum_chunks_at(T* row, int64_t k, int64_t chunk_size) {
+  T sum[count] = {};
+  const T* const chunk = row + k * chunk_size;
+  for (int64_t j = 0; j < chunk_size; ++j)
+#pragma GCC unroll 4
+    for (int c = 0; c < count; ++c) sum[c] += chunk[c * chunk_size + j];
+#pragma GCC unroll 4
+  for (int c = 0; c < count; ++c) row[k + c] = sum[c];
+}
+
 template <typename T>
 PYGEN_INLINE void sum_chunks(T* row, int64_t n, int64_t chunk_size) {
-  for (int64_t k = 0; k < n; ++k) {
-    T sum = 0;
-    for (int64_t j = 0; j < chunk_size; ++j) sum += row[k * chunk_size + j];
-    row[k] = sum;
-  }
+  int64_t k = 0;
+  for (; k + kSideBySide <= n; k += kSideBySide) sum_chunks_at<T, kSideBySide>(row, k, chunk_size);
+  for (; k < n; ++k) sum_chunks_at<T, 1>(row, k, chunk_size);
 }
 
 // grad[k] = p[k] (d[k] - sum_j p[j] d[j])
@@ -145,6 +192,11 @@ void through_softmax(const T* p, const T* d, int64_t n, T* grad) {
   double mean = 0;
   for (int64_t k = 0; k < n; ++k) mean += static_cast<double>(p[k]) * d[k];
   for (int64_t k = 0; k < n; ++k) grad[k] = static_cast<T>(p[k] * (d[k] - mean));
+}
+
+// Asks for a row before it is needed: a step reads what the forward left long ago.
+PYGEN_INLINE void ask_for(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }
 
 template <typename T>
@@ -161,35 +213,37 @@ void backward_row(const OnLstmBackwardStep& step, int64_t r) {
   T* const grad_hidden = static_cast<T*>(step.grad_hidden) + r * size;
   T* const grad_cell = static_cast<T*>(step.grad_cell) + r * size;
   T *const master_forget = rows[0], *const master_in = rows[1];
-  T *const d_kept = rows[2], *const d_written = rows[3], *const d_overlap = rows[4];
+  T *const d_forget = rows[2], *const d_in = rows[3], *const squashed = rows[4];
 
-  running_sums(gate.forget_master, n, 1, d_kept);
-  expand(d_kept, n, chunk_size, master_forget);
-  sums_behind(gate.in, n, 1, d_kept);
-  expand(d_kept, n, chunk_size, master_in);
+  if (r + 1 < step.rows) ask_for(gate.in + width, width * static_cast<int64_t>(sizeof(T)));
+  running_sums(gate.forget_master, n, 1, d_in);
+  expand(d_in, n, chunk_size, master_forget);
+  sums_behind(gate.in, n, 1, d_in);
+  expand(d_in, n, chunk_size, master_in);
 
+  if (keep_cell) {
+    new_cell_row(gate, master_forget, master_in, before, size, squashed);
+    tanh_row(squashed, size, squashed);
+  } else {
+    tanh_row(cell, size, squashed);
+  }
   for (int64_t i = 0; i < size; i += VecOf<T>::lanes) {
     const V output = read(gate.output, i, size), candidate = read(gate.candidate, i, size);
-    const V input = read(gate.input, i, size), forget = read(gate.forget, i, size);
+    const V input = read(gate.input, i, size), forget = read(gate.forget, i, size), s = load(squashed + i);
     const auto both = combine(load(master_forget + i), load(master_in + i), forget, input);
-    const V c = read(before, i, size);
     V of_hidden = read(grad_hidden, i, size), of_cell = read(grad_cell, i, size);
     if (grad_output) of_hidden += read(grad_output, i, size);
-    V past_hidden = {}, past_cell = {}, new_cell;
+    V past_hidden = {}, past_cell = {};
     if (keep_cell) {
       past_hidden = of_hidden * read(keep_hidden, i, size), past_cell = of_cell * read(keep_cell, i, size);
       of_hidden -= past_hidden, of_cell -= past_cell;
-      new_cell = both.kept * c + both.written * candidate;
-    } else {
-      new_cell = read(cell, i, size);
     }
-    const V squashed = tanh(new_cell);
-    of_cell += of_hidden * output * (1 - squashed * squashed);
-    const V of_kept = of_cell * c, of_written = of_cell * candidate;
-    store(d_kept + i, of_kept);
-    store(d_written + i, of_written);
-    store(d_overlap + i, of_kept * (forget - 1) + of_written * (input - 1));
-    write(grad.output, i, size, of_hidden * squashed * output * (1 - output));
+    of_cell += of_hidden * output * (1 - s * s);
+    const V of_kept = of_cell * read(before, i, size), of_written = of_cell * candidate;
+    const V of_overlap = of_kept * (forget - 1) + of_written * (input - 1);
+    store(d_forget + i, of_kept + of_overlap * load(master_in + i));
+    store(d_in + i, of_written + of_overlap * load(master_forget + i));
+    write(grad.output, i, size, of_hidden * s * output * (1 - output));
     write(grad.candidate, i, size, of_cell * both.written * (1 - candidate * candidate));
     write(grad.input, i, size, of_written * both.overlap * input * (1 - input));
     write(grad.forget, i, size, of_kept * both.overlap * forget * (1 - forget));
@@ -197,25 +251,24 @@ void backward_row(const OnLstmBackwardStep& step, int64_t r) {
     write(grad_cell, i, size, of_cell * both.kept + past_cell);
   }
 
-  sum_chunks(d_kept, n, chunk_size);
-  sum_chunks(d_written, n, chunk_size);
-  sum_chunks(d_overlap, n, chunk_size);
+  sum_chunks(d_forget, n, chunk_size);
+  sum_chunks(d_in, n, chunk_size);
   const auto of_distance = [&](const void* p) { return p ? double(static_cast<const T*>(p)[r]) / double(n) : 0.0; };
   const double further = of_distance(step.grad_distance_in), nearer = of_distance(step.grad_distance_forget);
   // p_j of the input's softmax is in every 1 - cumax before it, p_j of the forget gate's in every cumax from it on.
   double sum = 0;
   for (int64_t k = 0; k < n; ++k) {
-    const double of_in = d_written[k] + d_overlap[k] * master_forget[k * chunk_size] + further;
-    d_written[k] = static_cast<T>(sum);
+    const double of_in = d_in[k] + further;
+    d_in[k] = static_cast<T>(sum);
     sum += of_in;
   }
   sum = 0;
   for (int64_t k = n - 1; k >= 0; --k) {
-    sum += d_kept[k] + d_overlap[k] * master_in[k * chunk_size] - nearer;
-    d_kept[k] = static_cast<T>(sum);
+    sum += d_forget[k] - nearer;
+    d_forget[k] = static_cast<T>(sum);
   }
-  through_softmax(gate.in, d_written, n, grad.in);
-  through_softmax(gate.forget_master, d_kept, n, grad.forget_master);
+  through_softmax(gate.in, d_in, n, grad.in);
+  through_softmax(gate.forget_master, d_forget, n, grad.forget_master);
 }
 
 template <typename T>

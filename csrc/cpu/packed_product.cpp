@@ -15,20 +15,32 @@ constexpr int64_t kAhead = 16;          // rows of the panel that are asked for 
 template <typename T>
 constexpr int64_t kPanel = kVectors * VecOf<T>::lanes;
 
+// Columns begin <= j < begin + width of `count` rows. Along whichever of the two lies behind each other in the source.
+template <typename T>
+void pack_piece(const PackSource& source, int64_t count, int64_t at, int64_t width, T* out) {
+  const T* const data = static_cast<const T*>(source.data) + at;
+  const bool* const mask = source.mask ? source.mask + at : nullptr;
+  const auto element = [&](int64_t i) __attribute__((always_inline)) { return mask && mask[i] ? T(0) : data[i]; };
+  if (source.column == 1) {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = 0; j < width; ++j) out[k * kPanel<T> + j] = element(k * source.row + j);
+  } else {
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t k = 0; k < count; ++k) out[k * kPanel<T> + j] = element(k * source.row + j * source.column);
+  }
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t j = width; j < kPanel<T>; ++j) out[k * kPanel<T> + j] = 0;
+}
+
 template <typename T>
 void pack(const PackSource& source, int64_t depth, int64_t columns, int64_t first, int64_t last, void* packed) {
-  const T* const data = static_cast<const T*>(source.data);
+  constexpr int64_t piece = kPieceBytes / (kPanel<T> * sizeof(T));
   for (int64_t panel = first; panel < last; ++panel) {
-    T* out = static_cast<T*>(packed) + panel * depth * kPanel<T>;
+    T* const out = static_cast<T*>(packed) + panel * depth * kPanel<T>;
     const int64_t begin = panel * kPanel<T>, width = columns - begin < kPanel<T> ? columns - begin : kPanel<T>;
-    for (int64_t k = 0; k < depth; ++k, out += kPanel<T>) {
-      const int64_t at = k * source.row + begin * source.column;
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t i = at + j * source.column;
-        out[j] = source.mask && source.mask[i] ? T(0) : data[i];
-      }
-      for (int64_t j = width; j < kPanel<T>; ++j) out[j] = 0;
-    }
+    for (int64_t k = 0; k < depth; k += piece)
+      pack_piece(source, depth - k < piece ? depth - k : piece, k * source.row + begin * source.column, width,
+                 out + k * kPanel<T>);
   }
 }
 

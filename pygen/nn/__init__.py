@@ -1,4 +1,5 @@
-"""Modules on top of pygen.ops: flow transforms, their conditioners and masks; vector quantisers; spectral norms."""
+"""Modules on top of pygen.ops: flow transforms, their conditioners and masks; vector quantisers; spectral norms;
+ON-LSTM."""
 
 from pygen.nn import convert, utils
 from pygen.nn._codebook_sync import assert_codebooks_equal, packed_codebook_updates
@@ -9,6 +10,7 @@ from pygen.nn.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
 from pygen.nn.glow import ConvPrior, GlowStep
 from pygen.nn.invertible_residual import FixedPoint, InvertibleResidual
 from pygen.nn.multiscale import Multiscale, Squeeze
+from pygen.nn.on_lstm import ONLSTM, ONLSTMCell, ONLSTMStack
 from pygen.nn.product_vq import ProductVQ
 from pygen.nn.residual_vq import ResidualVQ
 from pygen.nn.reversible import ReversibleSequential
@@ -17,6 +19,9 @@ from pygen.nn.transform import Permutation, Reshape, Sequential, Transform
 from pygen.nn.vector_quantize import VectorQuantize
 
 __all__ = [
+    "ONLSTM",
+    "ONLSTMCell",
+    "ONLSTMStack",
     "MLP",
     "ActNorm",
     "ActNormConv1x1",

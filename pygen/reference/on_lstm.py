@@ -105,7 +105,7 @@ def on_lstm(
         new_h = parts.output.flatten(1) * new_c.tanh()
         if zoneout is not None:
             keep_c, keep_h = widen(zoneout[:, at : at + rows])
-            new_c, new_h = new_c + keep_c * (c - new_c), new_h + keep_h * (h - new_h)
+            new_c, new_h = keep_c * c + (1 - keep_c) * new_c, keep_h * h + (1 - keep_h) * new_h
         h, c = new_h, new_c
         outputs.append(h)
         cells.append(c)
