@@ -15,19 +15,51 @@ constexpr int64_t kAhead = 16;          // rows of the panel that are asked for 
 template <typename T>
 constexpr int64_t kPanel = kVectors * VecOf<T>::lanes;
 
-// Columns begin <= j < begin + width of `count` rows. Along whichever of the two lies behind each other in the source.
 template <typename T>
-void pack_piece(const PackSource& source, int64_t count, int64_t at, int64_t width, T* out) {
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+};
+
+// x, or 0 where `dropped`: without a branch, which a random mask would mislead every other time.
+template <typename T>
+PYGEN_INLINE T unless(T x, bool dropped) {
+  typename Bits<T>::type bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= static_cast<typename Bits<T>::type>(dropped) - 1;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// `width` columns of `count` rows, along whichever of the two lies behind each other in the source.
+template <bool masked, typename T>
+PYGEN_INLINE void pack_columns(const PackSource& source, int64_t count, int64_t at, int64_t width, T* out) {
   const T* const data = static_cast<const T*>(source.data) + at;
-  const bool* const mask = source.mask ? source.mask + at : nullptr;
-  const auto element = [&](int64_t i) __attribute__((always_inline)) { return mask && mask[i] ? T(0) : data[i]; };
+  const bool* const mask = masked ? source.mask + at : nullptr;
   if (source.column == 1) {
     for (int64_t k = 0; k < count; ++k)
-      for (int64_t j = 0; j < width; ++j) out[k * kPanel<T> + j] = element(k * source.row + j);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t i = k * source.row + j;
+        out[k * kPanel<T> + j] = masked ? unless(data[i], mask[i]) : data[i];
+      }
   } else {
     for (int64_t j = 0; j < width; ++j)
-      for (int64_t k = 0; k < count; ++k) out[k * kPanel<T> + j] = element(k * source.row + j * source.column);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = k * source.row + j * source.column;
+        out[k * kPanel<T> + j] = masked ? unless(data[i], mask[i]) : data[i];
+      }
   }
+}
+
+template <bool masked, typename T>
+void pack_piece(const PackSource& source, int64_t count, int64_t at, int64_t width, T* __restrict__ out) {
+  if (width == kPanel<T>) return pack_columns<masked>(source, count, at, kPanel<T>, out);
+  pack_columns<masked>(source, count, at, width, out);
   for (int64_t k = 0; k < count; ++k)
     for (int64_t j = width; j < kPanel<T>; ++j) out[k * kPanel<T> + j] = 0;
 }
@@ -39,8 +71,9 @@ void pack(const PackSource& source, int64_t depth, int64_t columns, int64_t firs
     T* const out = static_cast<T*>(packed) + panel * depth * kPanel<T>;
     const int64_t begin = panel * kPanel<T>, width = columns - begin < kPanel<T> ? columns - begin : kPanel<T>;
     for (int64_t k = 0; k < depth; k += piece)
-      pack_piece(source, depth - k < piece ? depth - k : piece, k * source.row + begin * source.column, width,
-                 out + k * kPanel<T>);
+      (source.mask ? pack_piece<true, T> : pack_piece<false, T>)(source, depth - k < piece ? depth - k : piece,
+                                                                 k * source.row + begin * source.column, width,
+                                                                 out + k * kPanel<T>);
   }
 }
 

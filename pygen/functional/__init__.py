@@ -1,5 +1,7 @@
-"""Losses, regularisers and penalties as differentiable PyTorch functions; no kernels of their own."""
+"""Losses, regularisers, penalties and smooth relatives of hard functions (`smooth`), differentiable PyTorch functions
+without kernels of their own."""
 
+from pygen.functional import smooth
 from pygen.functional.gan_losses import (
     GAN_LOSSES,
     GANLoss,
@@ -38,6 +40,7 @@ __all__ = [
     "non_saturating_generator_loss",
     "orthogonality",
     "self_orthogonality",
+    "smooth",
     "spectral_penalty",
     "wasserstein_discriminator_loss",
     "wasserstein_generator_loss",
