@@ -39,6 +39,7 @@ from pygen.triton_kernels.affine_coupling import (
 from pygen.triton_kernels.codebook_statistics import codebook_statistics
 from pygen.triton_kernels.cumax import cumax, cumax_backward
 from pygen.triton_kernels.nearest_codebook import nearest_codebook
+from pygen.triton_kernels.on_lstm import on_lstm, on_lstm_backward
 from pygen.triton_kernels.power_iteration import power_iteration, power_iteration_backward
 from pygen.triton_kernels.rational_quadratic_spline import rational_quadratic_spline, rational_quadratic_spline_backward
 
@@ -238,6 +239,45 @@ def _power_iteration_cases() -> Iterator[Case]:
     yield "forward huge", partial(power_iteration, [weight], [u], [v], [0], 1, 1e-12, True, True)
 
 
+def _on_lstm_case(
+    label: str, batch_sizes: list[int], n: int, chunk_size: int, dtype: torch.dtype, **layout: bool
+) -> Iterator[Case]:
+    """The forward and backward pass of a layer, or of the cell alone; `layout` says whether it has zoneout and whether
+    it has a weight."""
+    rows, batch, size = sum(batch_sizes), batch_sizes[0], n * chunk_size
+    width = 2 * n + 4 * size
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gates, output, hidden = (_meta(*shape, dtype=dtype) for shape in ((rows, width), (rows, size), (batch, size)))
+    cell, cells, distances = (_meta(*shape, dtype=wide) for shape in ((batch, size), (rows, size), (2, rows)))
+    weight = _meta(width, size, dtype=dtype) if layout.get("weight", True) else None
+    zoneout = _meta(2, rows, size, dtype=dtype) if layout.get("zoneout") else None
+    steps = torch.tensor(batch_sizes)
+    label = f"{label} n={n} C={chunk_size} {TRITON_TYPES[dtype]}"
+    yield f"forward {label}", partial(on_lstm, gates, weight, None, hidden, cell, zoneout, steps, chunk_size, True)
+    grads = (output, hidden if weight is None else None, cell, distances)
+    activations = _meta(rows, width, dtype=wide)
+    saved = (weight, None, cell, zoneout, output, cells, activations, steps, chunk_size)
+    yield f"backward {label}", partial(on_lstm_backward, *grads, *saved)
+
+
+def _on_lstm_cases() -> Iterator[Case]:
+    """The cell of short rows, of the published language model, of the longest row in one tile, and of longer ones;
+    whole sequences in each type that has them."""
+    single, double, bf16, fp16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    yield from _on_lstm_case("step", [20], 115, 10, single)
+    yield from _on_lstm_case("step, zoneout", [20], 16, 8, bf16, zoneout=True)
+    yield from _on_lstm_case("cell", [512], 256, 8, fp16, weight=False)
+    yield from _on_lstm_case("cell, zoneout", [4], 4096, 1, single, zoneout=True, weight=False)
+    yield from _on_lstm_case("step, zoneout", [4], 128, 8, double, zoneout=True)
+    yield from _on_lstm_case("cell", [4], 2048, 1, double, weight=False)
+    yield from _on_lstm_case("cell, zoneout", [4], 3, 5000, single, zoneout=True, weight=False)
+    yield from _on_lstm_case("cell, zoneout", [4], 5000, 3, double, zoneout=True, weight=False)
+    yield from _on_lstm_case("sequence", [64] * 2, 16, 8, single)
+    yield from _on_lstm_case("sequence, zoneout", [20] * 2, 25, 5, single, zoneout=True)
+    yield from _on_lstm_case("sequence, zoneout", [32] * 2, 16, 16, bf16, zoneout=True)
+    yield from _on_lstm_case("sequence", [20] * 2, 3, 3, fp16)
+
+
 # Op -> its cases: (name, a call of its launcher on meta tensors).
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cumax": _cumax_cases,
@@ -247,6 +287,7 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "nearest_codebook": _nearest_codebook_cases,
     "codebook_statistics": _codebook_statistics_cases,
     "power_iteration": _power_iteration_cases,
+    "on_lstm": _on_lstm_cases,
 }
 
 
