@@ -33,11 +33,17 @@ class Model(nn.Module):
         pictures: the pictures of pygen/_plots.py that show what it learned; drawn while it trains.
         config: the arguments that rebuild it, of JSON types; saved with every checkpoint.
         shape, levels: of the data, as in `pygen.data.Dataset`.
+        sequential: whether samples follow each other, each a window of one sequence: batches are then parallel streams
+            in order, in training and in validation, and the model carries its state from one to the next.
+        carried: what a sequential model found at the end of the last batch and begins the next with, without gradients:
+            tensors (B, ...), fewer streams use their first rows. Whoever runs through a sequence sets it to () where it
+            begins, and back to None behind it: then each batch stands alone.
         labelled: whether `loss` and `statistics` take the labels of x, int64 (B,), as a second argument; then the model
             is its only player.
         players: the submodules that learn, each by its own optimizer and loss; "" is the model itself.
         averaged: the submodules whose moving average validation and samples use; the rest is taken as it is.
         train_defaults: settings of `training.TrainConfig` to train it with when nothing else is said.
+        asgd_defaults: those that differ with optimizer="asgd".
         cannot: what the command line says when it is asked for what the model cannot do.
         reconstruction: what `reconstruct` gives, for the title of a picture.
     """
@@ -47,9 +53,12 @@ class Model(nn.Module):
     metric_names: Sequence[str] = ()
     pictures: Sequence[str] = ()
     labelled = False
+    sequential = False
+    carried: Sequence[Tensor] | None = None
     players: Sequence[str] = ("",)
     averaged: Sequence[str] = ("",)
     train_defaults: Mapping[str, Any] = {}
+    asgd_defaults: Mapping[str, Any] = {}
     cannot: Mapping[str, str] = {}
     reconstruction = "what the codes keep of it"
     config: dict[str, Any]
@@ -60,6 +69,9 @@ class Model(nn.Module):
     def arguments_for(cls, data: Dataset) -> dict[str, Any]:
         """The arguments that the data decide."""
         return {"shape": data.shape, "levels": data.levels}
+
+    def check_data(self, data: Dataset) -> None:
+        """Raise a ValueError when the model was built for other data; training asks before it begins."""
 
     def loss(self, x: Tensor) -> Tensor:
         """What training minimises, a scalar: the mean over x (B, *shape). In eval mode: what validation compares."""
@@ -79,4 +91,8 @@ class Model(nn.Module):
 
     def metrics(self, statistics: Tensor) -> dict[str, float]:
         """Numbers to log beside the loss, from the sum of `statistics` over all data."""
+        return {}
+
+    def metrics_of_loss(self, loss: float) -> dict[str, float]:
+        """Numbers to log that are the mean loss in another unit."""
         return {}
