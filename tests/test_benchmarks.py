@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pygen import models, ops, ssa
+from pygen import backends, models, ops, ssa
 from pygen.benchmarks import machine, measure, memory, registry, results, runner, simulators, table
-from pygen.benchmarks.cases import kmeans, nearest_codebook, spectral_norm, vector_quantize
+from pygen.benchmarks.cases import kmeans, nearest_codebook, on_lstm, spectral_norm, vector_quantize
 from pygen.benchmarks.cases import ssa as ssa_cases
 from pygen.benchmarks.registry import BEST, Case, Floor, Inputs, Target, Unavailable, as_tuple, call, max_error
 
@@ -85,6 +85,12 @@ SPECIFIED_SEARCHES = [
         (name, 1.5, ("avx2", "avx512", "avx512_vnni"))
         for name in ("65536x512x64", "16384x8192x256", "65536x1024x8", "16384x65536x32")
     ),
+]
+# Of a layer of ON-LSTM, forward and backward, on the CPU: (case, at most so many times the time of nn.LSTM).
+SPECIFIED_LAYERS = [
+    ("T70 B20 I400 H1150 C10", 1.15),
+    ("T35 B32 I128 H256 C16", 1.3),
+    ("T100 B64 I128 H128 C8", 1.3),
 ]
 OPS = [case for case in registry.cases() if case.op != "ssa"]
 # What is measured that is neither an op nor a model. Of the first two there is no eager form: the peers are libraries.
@@ -176,6 +182,22 @@ def test_every_search_is_measured_against_the_best_of_its_peers(name, at_least, 
 
 def test_the_search_of_a_million_rows_has_its_bound_on_memory():
     assert Target(None, at_most=1.5e9, of="memory") in search_case("1048576x16384x64 memory").targets
+
+
+@pytest.mark.parametrize(("name", "at_most"), SPECIFIED_LAYERS)
+def test_every_layer_is_measured_against_the_lstm_of_its_sizes(name, at_most):
+    (case,) = [case for case in OPS if (case.op, case.name) == ("on_lstm", f"{name} forward+backward")]
+    assert set(backends.cpu_capabilities()) <= set(on_lstm.CPU)
+    gpu = {Target("nn.LSTM", at_most=1.5, on=("cuda",)), Target("eager", 5, on=("cuda",))}
+    assert {Target("nn.LSTM", at_most=at_most, on=on_lstm.CPU)} | gpu == set(case.targets)
+
+
+def test_the_lstm_beside_a_layer_has_its_sizes_and_its_gradients():
+    case = on_lstm._case(3, 2, 6, 10, 5, backward=True)
+    inputs = case.make(CPU, torch.Generator().manual_seed(0))
+    output, of_input, *of_weights = case.yardsticks["nn.LSTM"](inputs)()
+    assert output.shape == (3, 2, 10) and of_input.shape == (3, 2, 6)
+    assert [g.shape for g in of_weights] == [(40, 6), (40, 10), (40,), (40,)]
 
 
 @pytest.mark.parametrize(("name", "of", "at_least", "at_most"), SPECIFIED_SIMULATIONS)

@@ -32,6 +32,8 @@ class OpCase:
     # rounding each input at that size makes of the true results.
     rounded_at: float = 0.0
     costly: bool = False  # a launch in Triton's interpreter takes seconds: fewer of them there
+    # All of the operator's arguments, where they are not the tensors and then `arguments`.
+    schema: Callable[..., tuple] | None = None
     extra: dict = field(default_factory=dict)
 
     def inputs(self, shape, dtype=torch.float64, device="cpu", seed=0) -> list[Tensor]:
@@ -48,6 +50,9 @@ class OpCase:
 
     def full_shapes(self, shape) -> list[tuple[int, ...]]:
         return [(*shape, *more) for more in self.trailing or [()] * self.tensors]
+
+    def operator_arguments(self, tensors) -> tuple:
+        return (*tensors, *self.arguments) if self.schema is None else self.schema(*tensors)
 
     def outputs(self, tensors) -> tuple[Tensor, ...]:
         result = self.function(*tensors)
@@ -222,6 +227,41 @@ def spline_case(bins: int, tails: str | None, inverse: bool) -> OpCase:
     )
 
 
+def on_lstm_cell_case(hidden: int, chunk_size: int) -> OpCase:
+    n = hidden // chunk_size
+
+    def oracle(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        masters, units = gates[..., : 2 * n], gates[..., 2 * n :].reshape(*gates.shape[:-1], 4 * n, chunk_size)
+        out, candidate, write, keep = units.chunk(4, -2)
+        to_write = cumax_oracle(-1, True)(masters[..., :n]).unsqueeze(-1)
+        to_keep = cumax_oracle(-1, False)(masters[..., n:]).unsqueeze(-1)
+        overlap = to_write * to_keep
+        kept, written = (to_keep - overlap * (-keep).sigmoid()), (to_write - overlap * (-write).sigmoid())
+        new = kept * cell.reshape(*cell.shape[:-1], n, chunk_size) + written * candidate.tanh()
+        distances = torch.stack((1 - to_keep.mean((-2, -1)), to_write.mean((-2, -1))))
+        return (out.sigmoid() * new.tanh()).flatten(-2), new.flatten(-2), distances
+
+    return OpCase(
+        name=f"on_lstm_cell{hidden}-chunk{chunk_size}",
+        function=lambda gates, cell: ops.on_lstm_cell(gates, cell, chunk_size=chunk_size),
+        oracle=oracle,
+        operator=lambda: torch.ops.pygen.on_lstm.default,
+        arguments=(),
+        # Rows of gates and states, and none of what a sequence has besides.
+        schema=lambda gates, cell: (
+            *(gates.flatten(0, -2), None, None, None, cell.flatten(0, -2), None, None),
+            *(chunk_size, True),
+        ),
+        tensors=2,
+        trailing=((2 * n + 4 * hidden,), (hidden,)),
+        shapes=((), (1,), (7, 1), (3, 9), (2, 5, 3), (130, 9)),
+        empty_shapes=((0, 4), (4, 0), (0,)),
+        threads_shape=(3, 1201),
+        spread=1.5,
+        costly=True,
+    )
+
+
 CASES = [
     cumax_case(-1, False),
     cumax_case(-1, True),
@@ -241,6 +281,7 @@ CASES = [
     spline_case(16, "circular", True),
     spline_case(5, None, False),
     spline_case(10, None, True),
+    on_lstm_cell_case(6, 3),
 ]
 
 # One case for each op and direction, for the tests that cost seconds.
@@ -252,5 +293,6 @@ FEW_NAMES = (
     "halves8-sigmoid-swap-shift_first",
     "spline-linear8",
     "spline-none10-inverse",
+    "on_lstm_cell6-chunk3",
 )
 FEW_CASES = [case for case in CASES if case.name in FEW_NAMES]

@@ -242,7 +242,7 @@ def test_gradcheck_and_gradgradcheck(case, backend_device):
 def test_opcheck(case):
     """Of the registration, which all kernels share."""
     tensors = [x.requires_grad_() for x in case.inputs((3, 4), torch.float32)]
-    torch.library.opcheck(case.operator(), (*tensors, *case.arguments))
+    torch.library.opcheck(case.operator(), case.operator_arguments(tensors))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiled graphs do not go through Triton's interpreter")
