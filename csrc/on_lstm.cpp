@@ -264,13 +264,13 @@ Found on_lstm(const Tensor& gates, const MaybeTensor& weight, const MaybeTensor&
   if (hidden) h_end.copy(started, h0, started, batch - started);
 
   const int64_t none = 0;
-  const Tensor nothing = empty_contiguous(&none, 1, dtype);
+  const auto nothing = [&] { return empty_contiguous(&none, 1, dtype); };
   return {in_dtype(output, gates.scalar_type()),
           in_dtype(last_hidden, gates.scalar_type()),
           last_cell,
           distances,
-          save ? cells : nothing,
-          save ? activations : nothing};
+          save ? cells : nothing(),
+          save ? activations : nothing()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> on_lstm_backward(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pygen import data as datasets
 from pygen import models
+from pygen._parse_command import parse
 from pygen._simulate_command import simulate
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ console = Console()
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 INTERPOLATION_STEPS = 10
+_SAMPLES, _TEXTS, _LENGTH = 64, 3, 400  # how many samples, and of texts how many and how long, by default
+_BETWEEN_TEXTS = "-" * 40
 _PICTURE_SECONDS = 30.0  # between two drawings of the pictures of a training
 
 
@@ -85,20 +88,28 @@ def _saved_data(saved: dict[str, Any]) -> datasets.Dataset:
 @app.command()
 def train(
     model: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(sorted(models.MODELS))}.")] = None,
-    data: Annotated[str, typer.Option(help="digits, moons, a .npz or IDX file, a folder of images.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, moons, a .npz or IDX file, a folder of images, a text.")
+    ] = "digits",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/MODEL-DATA]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. [default: 100, or until --minutes]")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step and process. [default: 128]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or asgd: averaged SGD. [default: adamw]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.001]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0.0001]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer. [default: 0.0001]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and noise. [default: 0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
     precision: Annotated[str | None, typer.Option(help="no or bf16. [default: no]")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="A model's argument, as depth=12.")] = None,
     levels: Annotated[int | None, typer.Option(help="How many values the data can have. [default: found]")] = None,
     size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this square.")] = None,
+    level: Annotated[str | None, typer.Option(help="Of a text: character, or word. [default: character]")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Of a text: tokens that a gradient looks back. [default: 100, by words 70]")
+    ] = None,
+    min_count: Annotated[int | None, typer.Option(help="Of a text: rarer words become <unk>. [default: 2]")] = None,
 ) -> None:
     """Train a model; Ctrl-C keeps what it has, --resume continues."""
     from pygen import training
@@ -108,6 +119,7 @@ def train(
             "epochs": epochs,
             "max_minutes": minutes,
             "batch_size": batch_size,
+            "optimizer": optimizer,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
             "seed": seed,
@@ -126,8 +138,10 @@ def train(
         if model is None:
             raise ValueError(f"which model? pygen train MODEL, one of: {', '.join(sorted(models.MODELS))}")
         models.check_name(model)
-        dataset = datasets.load(data, levels=levels, size=size)
+        dataset = datasets.load(data, levels=levels, size=size, level=level, window=window, min_count=min_count)
         usual = {"epochs": None if minutes else 100} | dict(models.MODELS[model].train_defaults)
+        if optimizer == "asgd":
+            usual |= models.MODELS[model].asgd_defaults
         settings = training.TrainConfig(**(usual | given))
         torch.manual_seed(settings.seed)
         arguments = models.MODELS[model].arguments_for(dataset) | _model_options(options or [])
@@ -192,7 +206,7 @@ def _report(model: models.Model, dataset: datasets.Dataset, result: Any) -> None
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or its best.safetensors.")],
-    n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    n: Annotated[int | None, typer.Option(help="How many samples. [default: 64, of texts 3]", min=1)] = None,
     interpolate: Annotated[
         int | None, typer.Option(help="Instead: so many rows, each from one test sample to another.", min=1)
     ] = None,
@@ -203,13 +217,18 @@ def sample(
         Path | None,
         typer.Option(help="Write a picture. [default: samples.png, interpolations.png or reconstructions.png in RUN]"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write them as an array (.npz).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write them as an array (.npz), texts as text.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Of a text: how many characters or words. [default: 400]", min=1)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a text begins with.")] = None,
     temperature: Annotated[float, typer.Option(help="Below 1: closer to the mode.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Draw samples from a trained model, interpolate between samples of its data, or reconstruct some."""
     from pygen import training
+    from pygen.models.onlstm import ONLSTMLanguageModel
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
@@ -217,6 +236,18 @@ def sample(
         raise ValueError("--interpolate and --reconstruct exclude each other; give one of them")
     model: Any = training.load_model(run, device=device)
     folder = run.parent if run.suffix == ".safetensors" else run
+    generator = torch.Generator(device).manual_seed(seed)
+    if isinstance(model, ONLSTMLanguageModel) and interpolate is None and reconstruct is None:
+        if plot is not None:
+            raise ValueError("a text has no picture; --out FILE.txt writes it")
+        texts = model.sample(
+            n or _TEXTS, length or _LENGTH, temperature=temperature, prompt=prompt or "", generator=generator
+        )
+        _show_texts(texts, out)
+        return
+    if prompt is not None or length is not None:
+        raise ValueError(f"--prompt and --length are for models of texts, not for {_with_article(model.name)}")
+    n = n or _SAMPLES
     test = torch.empty(0)
     if reconstruct is not None:
         _check_can(model, "reconstruct")
@@ -231,7 +262,7 @@ def sample(
     else:
         _check_can(model, "sample")
         what, name = f"{n} samples", "samples"
-        x = model.sample(n, temperature=temperature, generator=torch.Generator(device).manual_seed(seed))
+        x = model.sample(n, temperature=temperature, generator=generator)
     x = x.cpu()
     written = []
     if out is not None:
@@ -259,8 +290,21 @@ _CANNOT = {
 
 def _check_can(model: models.Model, what: str) -> None:
     if what in model.cannot or not hasattr(model, what):
-        article = "an" if model.name[0] in "aeiou" else "a"
-        raise ValueError(f"{article} {model.name} {model.cannot.get(what, _CANNOT[what])}")
+        raise ValueError(f"{_with_article(model.name)} {model.cannot.get(what, _CANNOT[what])}")
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _show_texts(texts: list[str], out: Path | None) -> None:
+    """Print texts, a line between them, or write them so."""
+    joined = f"\n{_BETWEEN_TEXTS}\n".join(texts) + "\n"
+    if out is None:
+        typer.echo(joined, nl=False)
+        return
+    out.write_text(joined, encoding="utf-8")
+    console.print(f"{len(texts)} texts: {out}", highlight=False, soft_wrap=True)
 
 
 def _test_samples(run: Path, n: int, option: str, purpose: str, seed: int) -> torch.Tensor:
@@ -293,6 +337,7 @@ def demo(
 
 
 app.command()(simulate)
+app.command()(parse)
 
 # Installed with the package, but not part of it where only `pygen` itself is on the path.
 with suppress(ModuleNotFoundError):

@@ -16,6 +16,7 @@ INK, OURS, OTHER = "#22303c", "#0b7a75", "#b8c1c9"
 _GAP = 1  # pixels between the images of a grid
 _PAIR_GAP = 5
 _PAIR_COLUMNS, _PAIRS = 16, 64  # of reconstructions
+_SHOWN = {"character": 60, "word": 24}  # tokens of a text whose distances are drawn
 _BINS, _CELLS, _POINTS = 80, 120, 2000  # of a histogram and of a density along an axis; samples beside them
 
 
@@ -210,6 +211,58 @@ def save_scores(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     _save(figure, path)
 
 
+def save_curves(path: Path, history: Sequence[Mapping[str, float]], level: str) -> None:
+    """Write how a language model learned: bits per character, or perplexity by words, against steps.
+
+    Args:
+        path: file; its folder is created.
+        history: rows of metrics.csv.
+        level: "character" or "word".
+    """
+    figure, axes = _figure(6.4, 3.8)
+    axis = axes[0, 0]
+    for name, label, colour in (("loss", "training, with its regularisation", OTHER), ("valid", "validation", OURS)):
+        rows = [row for row in history if math.isfinite(row[name])]
+        # A loss that no float's exp holds is a beginning that nobody looks at.
+        values = [row[name] / math.log(2) if level == "character" else math.exp(min(row[name], 99)) for row in rows]
+        marker = "." if len(rows) < 10 else ""
+        axis.plot([row["step"] for row in rows], values, color=colour, marker=marker, label=label)
+    if level == "word":
+        axis.set_yscale("log")
+    axis.set_title("bits per character" if level == "character" else "perplexity", color=INK)
+    axis.set_xlabel("step")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def save_distances(path: Path, symbols: Sequence[str], distances: Tensor) -> None:
+    """Write how far the forget gates of each layer reach at every token of a text.
+
+    Args:
+        path: file; its folder is created.
+        symbols: T words or characters.
+        distances: (L, T), 1 - mean(master forget gate): high where more of the past is forgotten.
+    """
+    figure, axes = _figure(max(5.0, 0.22 * len(symbols) * max(1.0, max(map(len, symbols)) / 4)), 3.2)
+    axis = axes[0, 0]
+    for i, row in enumerate(distances.tolist()):
+        axis.plot(range(len(symbols)), row, color=_shade(len(distances) - 1 - i, len(distances)), marker=".",
+                  label=f"layer {i + 1}")  # fmt: skip
+    axis.set_xticks(range(len(symbols)), [_visible(symbol) for symbol in symbols])
+    axis.set_title("distance at each token: 1 - mean(master forget gate)", color=INK)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    with warnings.catch_warnings():  # a font that lacks a letter is no reason to warn in the middle of a training
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        _save(figure, path)
+
+
+def _visible(symbol: str) -> str:
+    """A symbol as a label: white space has a sign, and no dollar begins a formula."""
+    return {"\n": "\u21b5", " ": "\u00b7", "\t": "\u2192"}.get(symbol, symbol).replace("$", "\\$")
+
+
 def save_density(path: Path, x: Tensor, density: Tensor, samples: Tensor, extent: float) -> None:
     """Write data in the plane as a histogram, the density that a model has learned of them, and its samples.
 
@@ -292,6 +345,16 @@ def _draw_scores(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[st
     save_scores(path, history)
 
 
+def _draw_curves(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    save_curves(path, history, model.level)
+
+
+def _draw_distances(path: Path, model: Any, x: Tensor, history: Sequence[Mapping[str, float]]) -> None:
+    tokens = x[0, : _SHOWN[model.level]].long()
+    forget, _ = model.distances(tokens.unsqueeze(1))
+    save_distances(path, [model.vocabulary[token] for token in tokens.tolist()], forget[..., 0].cpu())
+
+
 # What the names in `Model.pictures` stand for.
 _DRAW = {
     "reconstructions": _draw_reconstructions,
@@ -300,6 +363,8 @@ _DRAW = {
     "scores": _draw_scores,
     "density": _draw_density,
     "inversions": _draw_inversions,
+    "curves": _draw_curves,
+    "distances": _draw_distances,
 }
 
 

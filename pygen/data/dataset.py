@@ -1,7 +1,7 @@
 """The data a model trains on: tensors in three splits, with labels if there are any. loaders.py and densities.py fill
 it; pygen.training consumes it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,13 @@ class Dataset:
         name: what to call it.
         source: the arguments of `pygen.data.load` that give it again, of JSON types; None when built by hand.
         labels: the class of each sample, int64 (N,) from 0 upwards, of "train", "valid" and "test"; None without.
+        vocabulary: of a text, what its tokens stand for: `levels` strings; None for other data. The samples of a text
+            are windows that follow each other, each beginning with the last token of the one before.
+        level: of a text: "character" or "word".
 
     Raises:
-        ValueError: an empty split, a wrong shape, values outside 0 .. levels - 1 or not finite, or labels that do not
-            belong to the samples.
+        ValueError: an empty split, a wrong shape, values outside 0 .. levels - 1 or not finite, labels that do not
+            belong to the samples, or a vocabulary of another size.
 
     Example:
         >>> from pygen import data
@@ -44,8 +47,12 @@ class Dataset:
     name: str
     source: Mapping[str, Any] | None = None
     labels: Mapping[str, Tensor] | None = None
+    vocabulary: Sequence[str] | None = None
+    level: str | None = None
 
     def __post_init__(self) -> None:
+        if self.vocabulary is not None and len(self.vocabulary) != self.levels:
+            raise ValueError(f"{self.name}: vocabulary must be {self.levels} strings, got {len(self.vocabulary)}")
         kind = "real numbers" if self.levels is None else "integers"
         for split, x in self.splits():
             if x.is_floating_point() != (self.levels is None) or tuple(x.shape[1:]) != self.shape:

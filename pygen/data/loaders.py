@@ -1,4 +1,4 @@
-"""`load`: built-in data by name, and .npz, IDX and image-folder data by path, into one `Dataset`."""
+"""`load`: built-in data by name, and .npz, IDX, image-folder and text data by path, into one `Dataset`."""
 
 import zipfile
 import zlib
@@ -13,13 +13,22 @@ from torch import Tensor
 from pygen.data.dataset import SPLITS, Dataset, split
 from pygen.data.densities import DENSITIES
 from pygen.data.idx import read_idx
+from pygen.data.text import is_text, is_text_folder, load_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IDX_IMAGES = "*images*idx3*"
 _UINT8_LEVELS = 256
 
 
-def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tuple[int, int] | None = None) -> Dataset:
+def load(
+    name_or_path: str | Path,
+    *,
+    levels: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    level: str | None = None,
+    window: int | None = None,
+    min_count: int | None = None,
+) -> Dataset:
     """Load a data set and split it, the same way for everybody.
 
     ================  =====================================================================================
@@ -28,15 +37,20 @@ def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tup
     FILE.npz          integer arrays `train`, and `valid`, `test` if they exist; or one array of any name
     FILE or folder    MNIST-style IDX, gzipped or not; `t10k-images...` beside `train-images...` is the test set
     folder            images (needs Pillow), in any depth of folders; grey if all are, else RGB
+    FILE.txt          text, as windows of tokens that follow each other: `text.load_text`
+    folder            with train.txt, valid.txt and test.txt: text, by words
     ================  =====================================================================================
 
-    Without a test part, a tenth of the samples becomes one; without a validation part, a tenth of the rest.
+    Without a test part, a tenth of the samples becomes one; without a validation part, a tenth of the rest. Of a text
+    in one file the last 5 % are for the test, and the 5 % before them for validation.
 
     Args:
         name_or_path: a name, or a path.
         levels: how many values an element can have; by default 2 for data with nothing above 1, else 256 for 8-bit
             data, else the largest value + 1.
         size: resize the images of a folder to (height, width), or to a square.
+        level, window, min_count: of a text: "character" or "word", how many tokens a window predicts, and how often a
+            word must occur to be in the vocabulary; see `text.load_text`. A file with a level is read as text.
 
     Returns:
         A `Dataset` whose samples are (D,) or (C, H, W); integers, but for the densities.
@@ -56,8 +70,11 @@ def load(name_or_path: str | Path, *, levels: int | None = None, size: int | tup
     if not path.exists():
         raise ValueError(
             f"no data set or file {str(name_or_path)!r}; there is: {', '.join(BUILT_IN)}, "
-            "or the path of a .npz file, an IDX file or a folder of images"
+            "or the path of a .npz file, an IDX file, a text or a folder of images"
         )
+    told = level is not None or window is not None or min_count is not None
+    if is_text_folder(path) if path.is_dir() else told or (path.suffix != ".npz" and is_text(path)):
+        return load_text(path, level=level, window=window, min_count=min_count)
     if path.is_dir():
         idx = _idx_training_file(path)
         parts = _from_idx(idx) if idx else {"all": _from_images(path, size)}

@@ -9,12 +9,16 @@ from pygen.models.iresnet import IResNet
 from pygen.models.model import Model
 from pygen.models.nice import NICE
 from pygen.models.nsf import NSF
+from pygen.models.ode_rnn import ODERNN
+from pygen.models.onlstm import ONLSTMLanguageModel
 from pygen.models.preprocess import Logit, Scale, dequantize
 from pygen.models.realnvp import RealNVP
 from pygen.models.sngan import SNGAN
 from pygen.models.vqvae import VQVAE
 
-MODELS: dict[str, type[Model]] = {model.name: model for model in (NICE, RealNVP, Glow, NSF, IResNet, VQVAE, SNGAN)}
+MODELS: dict[str, type[Model]] = {
+    model.name: model for model in (NICE, RealNVP, Glow, NSF, IResNet, VQVAE, SNGAN, ONLSTMLanguageModel)
+}
 
 
 def check_name(name: str) -> None:
@@ -50,6 +54,8 @@ __all__ = [
     "MODELS",
     "NICE",
     "NSF",
+    "ODERNN",
+    "ONLSTMLanguageModel",
     "SNGAN",
     "VQVAE",
     "Flow",

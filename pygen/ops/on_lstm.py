@@ -50,7 +50,7 @@ def _previous(output: Tensor, hidden: Tensor, batch_sizes: Tensor | None) -> Ten
     """The hidden state before every row of `output`."""
     rows, batch = len(output), len(hidden)
     if batch_sizes is None:
-        return torch.cat((hidden, output[: rows - batch]))
+        return torch.cat((hidden, output[: max(rows - batch, 0)]))[:rows]
     # Counted without looking at a value, so that a compiler can follow: a row's predecessor lies as many rows before it
     # as the step before has.
     steps = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes, output_size=rows)
@@ -117,7 +117,7 @@ def _check_tensors(op: str, gates: Tensor, **others: Tensor | None) -> None:
         got = gates.dtype if isinstance(gates, Tensor) else type(gates).__name__
         raise TypeError(f"{op}: gates must be a floating point tensor, got {got}")
     for name, tensor in others.items():
-        if tensor is None:
+        if tensor is None and name in ("mask", "zoneout"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -191,7 +191,8 @@ def on_lstm(
         c_t &= \hat f\,c_{t-1} + \hat i \tanh(\hat c), \quad h_t = \sigma(o) \tanh(c_t)
 
     Everything is computed in float32 (float64 for float64), the cell state and the distances are returned in it, and
-    the gates are kept for the backward, which is one pass. The result does not depend on the number of threads.
+    the gates are kept for the backward, which is one pass. The result does not depend on the number of threads, nor on
+    the other sequences of the batch. On a GPU the recurrent product of 16-bit gates takes h in 16 bits.
 
     Args:
         gates: (N, 2 n + 4 H), the inputs' part with all biases, steps behind each other: N = T B, or the rows of a

@@ -64,7 +64,18 @@ def _distances(parts: _Gates) -> Tensor:
 
 def _steps(rows: int, batch: int, batch_sizes: Tensor | None) -> list[int]:
     """How many sequences have each step."""
-    return [batch] * (rows // max(batch, 1)) if batch_sizes is None else batch_sizes.tolist()
+    if batch_sizes is None:
+        return [batch] * (rows // max(batch, 1))
+    sizes: list[int] = batch_sizes.tolist()
+    for before, size in zip([batch, *sizes], sizes, strict=False):
+        if not 0 <= size <= before:
+            raise RuntimeError(
+                f"on_lstm: batch_sizes must not increase, from at most the {batch} sequences on, got {size} after "
+                f"{before}"
+            )
+    if sum(sizes) != rows:
+        raise RuntimeError(f"on_lstm: batch_sizes must add up to the {rows} rows of gates, got {sum(sizes)}")
+    return sizes
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,15 +129,14 @@ def on_lstm(
     def stacked(values: list[Tensor], shape: tuple[int, ...], dim: int = 0) -> Tensor:
         return torch.cat(values, dim) if values else wide.new_empty(shape)
 
-    nothing = wide.new_empty(0)
     return (
         stacked(outputs, (0, size)).to(gates.dtype),
         # From the sequence that ended last to the one that ended first: the longest come first.
         torch.cat(finished_h[::-1]).to(gates.dtype),
         torch.cat(finished_c[::-1]),
         stacked(distances, (2, 0), 1),
-        stacked(cells, (0, size)) if save else nothing,
-        stacked(activations, (0, gates.size(1))) if save else nothing,
+        stacked(cells, (0, size)) if save else wide.new_empty(0),
+        stacked(activations, (0, gates.size(1))) if save else wide.new_empty(0),
     )
 
 

@@ -1,7 +1,6 @@
 """One training loop for every model, on accelerate: CPU, GPU, or several processes started by torchrun."""
 
 import contextlib
-import copy
 import json
 import math
 import signal
@@ -19,9 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pygen.data import Dataset
 from pygen.models.model import Model
 from pygen.training import checkpoint, metrics
+from pygen.training.averaging import Average
 from pygen.training.config import Result, TrainConfig, TrainingDiverged
 from pygen.training.evaluate import summed_loss, summed_statistics
-from pygen.training.players import Player, parameter_pairs
+from pygen.training.order import shuffled, streams
+from pygen.training.players import Player
 from pygen.training.progress import Bar, progress_bar
 
 try:
@@ -35,7 +36,6 @@ OnValidation = Callable[[Model], None]
 
 _VALIDATION_SEED = 0x5EED  # the noise of validation is always the same, so that two epochs compare
 _SEED_STRIDE = 1_000_003  # a prime above any number of processes: (seed, step, rank) give different streams
-_EMA_WARMUP = 10  # the average starts as a plain mean, decay (1 + n) / (10 + n), and forgets the first weights
 
 
 def train(
@@ -48,10 +48,12 @@ def train(
     callbacks: Iterable[Callback] = (),
     on_validation: OnValidation | None = None,
 ) -> Result:
-    """Train a model by AdamW with warm-up, cosine decay, gradient clipping and averaged weights.
+    """Train a model by AdamW (or averaged SGD) with warm-up, cosine decay, gradient clipping and averaged weights.
 
     A model of several players (`Model.players`) has an optimizer for each: in a step those that `Model.turns` names
-    move one after the other, each by its `player_loss` of the same batch.
+    move one after the other, each by its `player_loss` of the same batch. A sequential model (`Model.sequential`) reads
+    the training data in order, as `batch_size` parallel streams of each process, and carries its state from step to
+    step and through checkpoints; an epoch begins without one.
 
     The randomness of a step (data order, dropout, noise) is a function of the seed, the step and the process alone, so
     a run that was stopped and resumed ends with the same bits as one that was not (when `epochs` ends it: a run that
@@ -99,14 +101,15 @@ class _Run:
     """The state of one call of `train`."""
 
     def __init__(self, model: Model, data: Dataset, config: TrainConfig, run_dir: Path) -> None:
+        model.check_data(data)
         self.config, self.data, self.dir, self.model = config, data, run_dir, model
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.players = {name: Player(model, name, config, self.accelerator) for name in model.players}
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.averaged, self.copied = parameter_pairs(self.ema, model)
+        self.average = Average(model, config)
+        self.ema = self.average.model
         self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.step = self.epoch = self.batch = 0  # `batch` is the position in the epoch
         self.seconds, self.loss_sum = 0.0, 0.0
@@ -139,7 +142,7 @@ class _Run:
             raise ValueError(f"nothing to resume: {path} does not exist")
         tensors, info = checkpoint.load_tensors(path)
         if {key: info.get(key) for key in self._identity()} != self._identity():
-            raise ValueError(f"{self.dir} holds another model: {info.get('model')} {info.get('config')}")
+            raise ValueError(f"{self.dir} holds another model: {info.get('model')} {self._differences(info)}")
         self.model.load_state_dict(checkpoint.without_prefix("model.", tensors))
         self.ema.load_state_dict(checkpoint.without_prefix("ema.", tensors))
         for player in self.players.values():
@@ -147,8 +150,12 @@ class _Run:
             checkpoint.load_optimizer_tensors(player.optimizer.optimizer, state)
         for name in ("step", "epoch", "batch", "seconds", "best"):
             setattr(self, name, info[name])
+        self.average.restore(info)
         if (info["batches"], len(info["loss_sum"])) == (self.batches, self.world):
             self.loss_sum = info["loss_sum"][self.rank]
+            if self.model.sequential:
+                carried = checkpoint.without_prefix(f"carried.{self.rank}.", tensors)
+                self.model.carried = [carried[str(i)].to(self.device) for i in range(len(carried))]
         else:
             self.batch = 0  # other batches than before: begin this epoch again
         self.accelerator.wait_for_everyone()
@@ -157,6 +164,11 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.model.name, "config": self.model.config}
+
+    def _differences(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What the config of a checkpoint has otherwise."""
+        own = self.model.config
+        return {name: value for name, value in (info.get("config") or {}).items() if own.get(name) != value}
 
     # The loop
 
@@ -177,9 +189,11 @@ class _Run:
                 self._checkpoint_if_due()
             else:
                 self._end_epoch(callbacks, on_validation, rate)
-        if self.best == math.inf and self.step:
-            self._validate()  # stopped within the first epoch: there is a best all the same
         self._save_last()
+        if self.best == math.inf and self.step:
+            # Stopped within the first epoch: there is a best all the same. last.safetensors does not know of it, so
+            # that a resumed run ends with the best of one that was not stopped.
+            self._validate()
         self._load_best()
         seconds = self.seconds - before
         rate = (self.step - first_step) * self.batch_size * self.world / seconds if seconds > 0 else 0.0
@@ -187,11 +201,15 @@ class _Run:
 
     def _epoch(self) -> Iterator[tuple[Tensor, ...]]:
         """What is left of this epoch's batches, this process's share, in an order that only seed and epoch decide."""
-        generator = torch.Generator().manual_seed(self.config.seed * _SEED_STRIDE + self.epoch)
-        order = torch.randperm(len(self.data.train), generator=generator)[self.rank :: self.world]
         tensors = self.data.tensors("train", labelled=self.model.labelled)
-        for batch in range(self.batch, self.batches):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        if self.model.sequential:
+            order = streams(self.batches, self.batch_size, self.rank)
+            if self.batch == 0:
+                self.model.carried = ()
+        else:
+            seed = self.config.seed * _SEED_STRIDE + self.epoch
+            order = shuffled(len(self.data.train), self.batches, self.batch_size, self.rank, self.world, seed)
+        for indices in order[self.batch :]:
             yield tuple(tensor[indices].to(self.device) for tensor in tensors)
 
     def _train_step(self, batch: tuple[Tensor, ...]) -> None:
@@ -200,7 +218,7 @@ class _Run:
         loss, *_ = [self._turn(self.players[name], batch) for name in self.model.turns(self.step)]
         self._average_running_statistics()
         self.step, self.batch, self.loss_sum = self.step + 1, self.batch + 1, self.loss_sum + loss
-        self._update_ema()
+        self.average.update(self.step)
 
     def _turn(self, player: Player, batch: tuple[Tensor, ...]) -> float:
         """One update of one player; its loss before."""
@@ -238,15 +256,6 @@ class _Run:
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
         return f"{what} at step {self.step + 1}; {kept}. A lower learning rate usually helps"
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        decay = min(self.config.ema, self.step / (_EMA_WARMUP + self.step))
-        torch._foreach_lerp_(*self.averaged, 1 - decay)
-        if self.copied[0]:
-            torch._foreach_copy_(*self.copied)
-        for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            average.copy_(buffer)
-
     # Schedule and time
 
     def _progress(self) -> float:
@@ -283,6 +292,8 @@ class _Run:
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         due = self.epoch % self.config.validate_epochs == 0 or self._finished()
         valid = self._validate() if due else math.nan
+        if due:
+            self.average.validated(valid, self.step)
         if not self.is_main:
             return
         row = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "loss": loss, "valid": valid,
@@ -298,7 +309,9 @@ class _Run:
         """The averaged weights' loss and metrics on the validation data, of which each process measures a share."""
         torch.manual_seed(_VALIDATION_SEED + self.rank)
         tensors = self.data.tensors("valid", labelled=self.model.labelled)
-        share = [tensor[self.rank :: self.world] for tensor in tensors]
+        # Of a sequence each process has a piece: neighbours stay together.
+        share = [tensor.tensor_split(self.world)[self.rank] if self.model.sequential
+                 else tensor[self.rank :: self.world] for tensor in tensors]  # fmt: skip
         with self.accelerator.autocast():
             loss = summed_loss(self.ema, *share, draws=self.config.validation_draws, device=self.device)
             statistics = summed_statistics(self.ema, *share, device=self.device)
@@ -306,7 +319,7 @@ class _Run:
         if self.world > 1:
             torch.distributed.all_reduce(total)
         valid = (total[0] / total[1]).item()
-        self.metrics = self.ema.metrics(total[2:])
+        self.metrics = self.ema.metrics(total[2:]) | self.ema.metrics_of_loss(valid)
         if valid < self.best or (self.best == math.inf and not math.isfinite(valid)):
             self.best = valid
             if self.is_main:
@@ -333,7 +346,7 @@ class _Run:
             self._save_last()
 
     def _save_last(self) -> None:
-        loss_sum = self._gather(self.loss_sum)
+        loss_sum, carried = self._gather(self.loss_sum), self._carried()
         if self.is_main:
             info = {
                 **self._identity(),
@@ -345,8 +358,10 @@ class _Run:
                 "seconds": self.seconds,
                 "best": self.best,
                 "loss_sum": loss_sum,
+                **self.average.state(),
             }
             tensors = {
+                **carried,
                 **checkpoint.with_prefix("model.", self.model.state_dict()),
                 **checkpoint.with_prefix("ema.", self.ema.state_dict()),
             }
@@ -356,12 +371,21 @@ class _Run:
             checkpoint.save_tensors(self.dir / checkpoint.LAST, tensors, info)
         self.saved_at = time.monotonic()
 
+    def _carried(self) -> dict[str, Tensor]:
+        """What a sequential model carries, of all processes."""
+        found: dict[str, Tensor] = {}
+        for i, state in enumerate(self.model.carried or ()):
+            everyones = state if self.world == 1 else self.accelerator.gather(state.contiguous())
+            found |= {f"carried.{rank}.{i}": part for rank, part in enumerate(everyones.chunk(self.world))}
+        return found
+
     def _load_best(self) -> None:
         self.accelerator.wait_for_everyone()
         path = self.dir / checkpoint.BEST
         if path.exists():
             tensors, _ = checkpoint.load_tensors(path)
             self.model.load_state_dict(checkpoint.without_prefix("ema.", tensors))
+        self.model.carried = None
         self.model.eval()
 
 

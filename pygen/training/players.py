@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class _Objective(nn.Module):
             return self.model.loss(x, *labels) if labels else self.model.player_loss(self.player, x)
 
 
+def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    # One fused pass over all parameters: a quarter of a small model's step goes into the optimizer otherwise.
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "asgd":
+        return torch.optim.SGD(parameters, **settings)  # averaged by the loop, which keeps an average anyway
+    kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+    return kind(parameters, betas=config.betas, **settings)
+
+
 class Player:
     """A part of a model that learns by a loss of its own, and its optimizer. Most models are their only player."""
 
@@ -40,11 +49,7 @@ class Player:
         self.parameters = list(model.get_submodule(name).parameters())
         own = set(map(id, self.parameters))
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        # One fused pass over all parameters: a quarter of a small model's step goes into the optimizer otherwise.
-        optimizer = kind(
-            self.parameters, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = _optimizer(self.parameters, config)
         with self.alone():  # DDP waits for the gradient of whatever requires one now
             self.objective, self.optimizer = accelerator.prepare(_Objective(model, name), optimizer)
         if accelerator.num_processes > 1:
