@@ -45,7 +45,7 @@ struct Layer {
   Layer(int64_t rows, int64_t width, const Tensor& cell, const MaybeTensor& batch_sizes, int64_t chunk_size,
         bool single_step)
       : rows(rows), batch(cell.size(0)), size(cell.size(1)), width(width), chunk_size(chunk_size) {
-    PYGEN_CHECK(chunk_size > 0 && size % chunk_size == 0 && width == 2 * (size / chunk_size) + 4 * size,
+    PYGEN_CHECK(chunk_size > 0 && size > 0 && size % chunk_size == 0 && width == 2 * (size / chunk_size) + 4 * size,
                 "on_lstm: expected 2 H / chunk_size + 4 H columns of gates and chunk_size to divide H, got ", width,
                 " columns, H = ", size, " and chunk_size ", chunk_size);
     PYGEN_CHECK(!single_step || rows == batch, "on_lstm: without a weight there is one step of ", batch, " rows, got ",
@@ -148,9 +148,9 @@ class PackedWeight {
 constexpr int64_t kRowsAlone = 8;
 constexpr int64_t kBytesAlone = int64_t{3} << 19;
 
-// product(t, rows, panels) and cell(t, rows), as half-open ranges, for the steps first, first + by, ...; in each step the
-// product comes first if `product_first`. Sequences do not meet: threads either take their rows through all steps, or,
-// where the matrix is large or the rows are few, share the columns of every step's product.
+// product(t, rows, panels) and cell(t, rows), as half-open ranges: forward, from the first step and the product first;
+// backward, from the last step and the cell first. Sequences do not meet: threads either take their rows through all
+// steps, or, where the matrix is large or the rows are few, share the columns of every step's product.
 template <typename Product, typename Cell>
 void over_steps(const Layer& layer, const PackedWeight* weight, bool forward, const Product& product,
                 const Cell& cell) {

@@ -99,7 +99,7 @@ _on_lstm: Callable[..., _Found] = operator(
 
 
 def _check_chunks(op: str, gates: Tensor, size: int, chunk_size: int) -> None:
-    if chunk_size < 1 or size % chunk_size:
+    if chunk_size < 1 or size < 1 or size % chunk_size:
         raise ValueError(
             f"{op}: the hidden size must be a multiple of chunk_size (a master gate serves chunk_size neighbouring "
             f"units), got hidden size {size} and chunk_size {chunk_size}"

@@ -368,6 +368,7 @@ CELL = {
         r"agree in front.*\(3, 20\) and \(2, 4\)",
     ),
     "no dimension": (torch.ones(()), torch.ones(()), 1, ValueError, "agree in front"),
+    "no units": (torch.ones(2, 0), torch.ones(2, 0), 2, ValueError, "multiple of chunk_size.*hidden size 0"),
     "a chunk size that does not divide": (torch.ones(2, 20), torch.ones(2, 4), 3, ValueError, "multiple of chunk_size"),
     "another width": (torch.ones(2, 19), torch.ones(2, 4), 2, ValueError, r"= 20 columns.*\(2, 19\)"),
     "integers": (torch.ones(2, 20).int(), torch.ones(2, 4), 2, TypeError, "floating point"),
