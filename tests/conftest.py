@@ -5,12 +5,15 @@ TRITON_INTERPRET=1 the same tests run the Triton kernels on CPU tensors; where t
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from harness import available_backends, running_on, search_backends
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(params=available_backends())
@@ -78,5 +81,23 @@ def run_here(capsys):
             code = error.code or 0
         out, err = capsys.readouterr()
         return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """Runs the Python blocks of a page of docs/ one after the other, as a reader would; returns how many there were."""
+
+    def run(name: str) -> int:
+        page = DOCS / name
+        if not page.is_file():
+            pytest.skip("docs are not there")
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        names: dict = {"__name__": "page"}
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"docs/{name}, block {number}", "exec"), names)
+        return len(blocks)
 
     return run

@@ -5,7 +5,6 @@ import copy
 import doctest
 import io
 import math
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -460,15 +459,8 @@ def test_examples_in_docstrings_run():
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / "spectral-norm.md").is_file(), reason="docs are not there")
-def test_code_of_the_page_on_spectral_norm_runs(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "spectral-norm.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "page"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/spectral-norm.md, block {number}", "exec"), names)
+def test_code_of_the_page_on_spectral_norm_runs(run_page):
+    assert run_page("spectral-norm.md") > 5
 
 
 def test_the_example_turns_nearly_parallel_filters_apart(monkeypatch, capsys):

@@ -5,7 +5,6 @@ import doctest
 import functools
 import itertools
 import math
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -619,15 +618,8 @@ def test_examples_in_docstrings_run():
         assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / "smooth.md").is_file(), reason="docs are not there")
-def test_code_of_the_page_runs(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "smooth.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 2
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "page"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/smooth.md, block {number}", "exec"), names)
+def test_code_of_the_page_runs(run_page):
+    assert run_page("smooth.md") > 2
 
 
 def test_the_example_draws_its_picture(tmp_path, monkeypatch):

@@ -151,14 +151,8 @@ def test_examples_in_docstrings_run(module):
     assert result.attempted > 0 and result.failed == 0
 
 
-def test_code_of_the_tutorial_runs(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "ssa.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "tutorial"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/ssa.md, block {number}", "exec"), names)
+def test_code_of_the_tutorial_runs(run_page):
+    assert run_page("ssa.md") > 5
 
 
 def test_pictures_of_the_tutorial_are_there_and_small():
