@@ -45,7 +45,9 @@ def trained(config: dict[str, Any], text: data.Dataset, epochs: int, rate: float
 
 
 def best_rate(config: dict[str, Any], text: data.Dataset, rates: list[float], seed: int, out: Path) -> float:
-    """The learning rate with the lowest validation loss after an epoch."""
+    """The learning rate with the lowest validation loss after an epoch; without a choice, the one there is."""
+    if len(rates) == 1:
+        return rates[0]
     losses = {}
     for rate in rates:
         _, run = trained(config, text, 1, rate, seed, out / f"rate-{rate:g}")
