@@ -154,6 +154,11 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(trained, text, tmp_path, run_he
     assert sentence in err and len(err.strip().splitlines()) == 1
 
 
+def test_a_text_for_a_model_of_images_is_a_sentence(text, tmp_path, run_here):
+    code, _, err = run_here("train", "nice", "--data", text, "--out", tmp_path / "run")
+    assert code == 2 and "nice does not learn from a text" in err and len(err.strip().splitlines()) == 1
+
+
 def test_a_prompt_for_a_model_of_images_is_a_sentence(tmp_path, run_here):
     pytest.importorskip("sklearn")
     run = tmp_path / "run"

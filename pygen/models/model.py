@@ -72,6 +72,8 @@ class Model(nn.Module):
 
     def check_data(self, data: Dataset) -> None:
         """Raise a ValueError when the model was built for other data; training asks before it begins."""
+        if data.vocabulary is not None:
+            raise ValueError(f"{self.name} does not learn from a text, and {data.name} is one; onlstm does")
 
     def loss(self, x: Tensor) -> Tensor:
         """What training minimises, a scalar: the mean over x (B, *shape). In eval mode: what validation compares."""
