@@ -249,7 +249,8 @@ def save_distances(path: Path, symbols: Sequence[str], distances: Tensor) -> Non
     for i, row in enumerate(distances.tolist()):
         axis.plot(range(len(symbols)), row, color=_shade(len(distances) - 1 - i, len(distances)), marker=".",
                   label=f"layer {i + 1}")  # fmt: skip
-    axis.set_xticks(range(len(symbols)), [_visible(symbol) for symbol in symbols])
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, symbols)) > 1 else {}
+    axis.set_xticks(range(len(symbols)), [_visible(symbol) for symbol in symbols], **slanted)
     axis.set_title("distance at each token: 1 - mean(master forget gate)", color=INK)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
