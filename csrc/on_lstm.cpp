@@ -37,6 +37,12 @@ Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   return empty_contiguous(sizes, 2, dtype);
 }
 
+Tensor zero_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  const Tensor result = empty_matrix(rows, columns, dtype);
+  std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(rows * columns * bytes_of(dtype)));
+  return result;
+}
+
 // The shape of a layer's sequences: rows are steps behind each other, the sequences that have the step, longest first.
 struct Layer {
   int64_t rows, batch, size, width, chunk_size;
@@ -202,7 +208,7 @@ void check_arguments(const Tensor& gates, const MaybeTensor& weight, const Maybe
   check_same(mask, "mask", width, size);
   check_same(hidden, "hidden", batch, size);
   PYGEN_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "on_lstm: mask must be bool");
-  PYGEN_CHECK(hidden || (!weight && !zoneout), "on_lstm: a weight or zoneout needs the hidden state before");
+  PYGEN_CHECK(hidden || !weight, "on_lstm: with a weight the hidden state before must be given");
   PYGEN_CHECK(!zoneout || (zoneout->dim() == 3 && zoneout->size(0) == 2 && zoneout->size(1) == gates.size(0) &&
                            zoneout->size(2) == size),
               "on_lstm: zoneout must be (2, ", gates.size(0), ", ", size, "), got ",
@@ -224,7 +230,10 @@ Found on_lstm(const Tensor& gates, const MaybeTensor& weight, const MaybeTensor&
   const ScalarType dtype = compute_dtype(gates.scalar_type());
   const int type = dtype == ScalarType::Double;
   const Tensor x = prepared(gates), first_cell = prepared(cell);
-  const MaybeTensor first_hidden = prepared(hidden), keep = prepared(zoneout);
+  const MaybeTensor keep = prepared(zoneout);
+  // Zeros where there is none, if anybody asks: what stays in zoneout, and the end of a sequence without a step.
+  const MaybeTensor first_hidden =
+      hidden || !(zoneout || batch_sizes) ? prepared(hidden) : zero_matrix(cell.size(0), cell.size(1), dtype);
   const MaybeTensor dropped = mask ? MaybeTensor(made_contiguous(*mask)) : mask;
   std::optional<PackedWeight> packed;
   if (weight) packed.emplace(prepared(*weight), dropped, true);
@@ -261,7 +270,7 @@ Found on_lstm(const Tensor& gates, const MaybeTensor& weight, const MaybeTensor&
   over_steps(layer, packed ? &*packed : nullptr, true, product, run_cell);
   const int64_t started = layer.steps() ? layer.sizes[0] : 0;
   c_end.copy(started, c0, started, batch - started);
-  if (hidden) h_end.copy(started, h0, started, batch - started);
+  if (first_hidden) h_end.copy(started, h0, started, batch - started);
 
   const int64_t none = 0;
   const auto nothing = [&] { return empty_contiguous(&none, 1, dtype); };
@@ -301,12 +310,9 @@ std::tuple<Tensor, Tensor, Tensor> on_lstm_backward(
 
   // What comes back from behind a sequence's last step is the gradient of its last state.
   const auto carried = [&](const MaybeTensor& grad) {
+    if (!grad) return zero_matrix(batch, size, dtype);
     const Tensor result = empty_matrix(batch, size, dtype);
-    if (grad) {
-      Rows(result, size).copy(0, Rows(prepared(*grad), size), 0, batch);
-    } else {
-      std::memset(result.mutable_data_ptr(), 0, static_cast<size_t>(batch * size * bytes_of(dtype)));
-    }
+    Rows(result, size).copy(0, Rows(prepared(*grad), size), 0, batch);
     return result;
   };
   const Tensor of_hidden = carried(grad_hidden), of_cell = carried(grad_cell);

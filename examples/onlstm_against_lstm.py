@@ -4,7 +4,7 @@
 
 Each model first looks for its learning rate, an epoch with each; then both train from the same seed. The table has the
 bits per character of the test text, the picture the curves. Runs are kept in --out: called again, finished ones are not
-repeated. A text of a million characters takes a quarter of an hour on two cores. Needs the `train` and `cli` extras.
+repeated. A text of a million characters takes about half an hour on two cores. Needs the `train` and `cli` extras.
 """
 
 import argparse

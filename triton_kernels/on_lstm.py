@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from pygen.reference._dtypes import compute_dtype
+from pygen.reference.on_lstm import steps_of
 from pygen.triton_kernels import _common
 from pygen.triton_kernels import _on_lstm_sequence as sequence
 from pygen.triton_kernels._on_lstm_cell import (
@@ -58,21 +59,6 @@ class _Shape(NamedTuple):
         return found
 
 
-def _steps(op: str, rows: int, batch: int, batch_sizes: Tensor | None) -> list[int]:
-    if batch_sizes is None:
-        if rows % batch if batch else rows:
-            raise RuntimeError(f"{op}: gates must have a multiple of the {batch} sequences' rows, got {rows}")
-        return [batch] * (rows // max(batch, 1))
-    steps = batch_sizes.tolist()
-    falling = all(a >= b for a, b in zip([batch, *steps], [*steps, 0], strict=True))
-    if not falling or sum(steps) != rows:
-        raise RuntimeError(
-            f"{op}: batch_sizes must not increase, begin with at most the {batch} sequences and add up to {rows} rows, "
-            f"got {steps}"
-        )
-    return steps
-
-
 def _shape(op: str, rows: int, width: int, cell: Tensor, batch_sizes: Tensor | None, chunk_size: int) -> _Shape:
     if cell.dim() != 2 or chunk_size < 1 or cell.size(1) % chunk_size:
         raise RuntimeError(
@@ -82,7 +68,7 @@ def _shape(op: str, rows: int, width: int, cell: Tensor, batch_sizes: Tensor | N
     n = size // chunk_size
     if width != 2 * n + 4 * size:
         raise RuntimeError(f"{op}: gates must have 2 H / chunk_size + 4 H = {2 * n + 4 * size} columns, got {width}")
-    return _Shape(batch, size, rows, width, n, chunk_size, _steps(op, rows, batch, batch_sizes))
+    return _Shape(batch, size, rows, width, n, chunk_size, steps_of(op, rows, batch, batch_sizes))
 
 
 def _check(op: str, like: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:

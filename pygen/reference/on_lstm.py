@@ -62,20 +62,24 @@ def _distances(parts: _Gates) -> Tensor:
     return torch.stack((1 - parts.master_forget.mean((1, 2)), parts.master_in.mean((1, 2))))
 
 
-def _steps(rows: int, batch: int, batch_sizes: Tensor | None) -> list[int]:
-    """How many sequences have each step."""
+def steps_of(op: str, rows: int, batch: int, batch_sizes: Tensor | None) -> list[int]:
+    """How many sequences have each step, of rows that are steps behind each other.
+
+    Raises:
+        RuntimeError: `batch_sizes` that increase or do not add up, or rows that are no whole number of steps.
+    """
     if batch_sizes is None:
+        if rows % batch if batch else rows:
+            raise RuntimeError(f"{op}: gates must have a multiple of the {batch} sequences' rows, got {rows}")
         return [batch] * (rows // max(batch, 1))
-    sizes: list[int] = batch_sizes.tolist()
-    for before, size in zip([batch, *sizes], sizes, strict=False):
-        if not 0 <= size <= before:
-            raise RuntimeError(
-                f"on_lstm: batch_sizes must not increase, from at most the {batch} sequences on, got {size} after "
-                f"{before}"
-            )
-    if sum(sizes) != rows:
-        raise RuntimeError(f"on_lstm: batch_sizes must add up to the {rows} rows of gates, got {sum(sizes)}")
-    return sizes
+    steps: list[int] = batch_sizes.tolist()
+    falling = all(a >= b for a, b in zip([batch, *steps], [*steps, 0], strict=True))
+    if not falling or sum(steps) != rows:
+        raise RuntimeError(
+            f"{op}: batch_sizes must not increase, begin with at most the {batch} sequences and add up to {rows} rows, "
+            f"got {steps}"
+        )
+    return steps
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,7 +109,7 @@ def on_lstm(
     outputs, cells, activations, distances = [], [], [], []
     finished_h, finished_c = [], []
     at = 0
-    for rows in _steps(len(gates), batch, batch_sizes):
+    for rows in steps_of("on_lstm", len(gates), batch, batch_sizes):
         finished_h.append(h[rows:])
         finished_c.append(c[rows:])
         h, c = h[:rows], c[:rows]
@@ -207,7 +211,7 @@ def on_lstm_backward(
     The last two arguments are gradients of what `on_lstm` saved; only derivatives of derivatives have them.
     """
     batch, size = cell.shape
-    steps = _steps(len(output), batch, batch_sizes)
+    steps = steps_of("on_lstm_backward", len(output), batch, batch_sizes)
     matrix = None if weight is None else _masked(weight, mask)
     wide = compute_dtype(output.dtype)
 

@@ -13,6 +13,7 @@ from ops.on_lstm_loop import (
     incoming,
     layer,
     rows_of,
+    truth,
 )
 from pygen import ops
 
@@ -264,3 +265,17 @@ def test_zoneout_is_a_constant_to_the_gradient(backend_device):
 def test_float32_rates_go_with_16_bit_gates(dtype, backend_device):
     tensors = layer(4 * 2, 2, 12, 3, dtype=dtype, device=backend_device)
     assert_as_the_loop(ops.on_lstm, tensors, chunk_size=3, zoneout=rates(8, 12, device=backend_device))
+
+
+@pytest.mark.parametrize("sizes", [None, [2, 1, 0]], ids=["one step", "packed"])
+@pytest.mark.parametrize("zoned", [False, True], ids=["plain", "zoneout"])
+def test_an_operator_without_weight_and_hidden_state_takes_zeros_for_both(sizes, zoned, backend_device):
+    rows, hidden, chunk = 3, 12, 3
+    tensors = layer(rows, rows, hidden, chunk, dtype=torch.float64, device=backend_device)
+    zoneout = torch.rand(2, rows, hidden, dtype=torch.float64, device=backend_device) if zoned else None
+    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    zeros = {"weight": torch.zeros_like(tensors.weight), "hidden": torch.zeros_like(tensors.hidden)}
+    want = truth(**tensors._replace(**zeros)._asdict(), chunk_size=chunk, zoneout=zoneout, batch_sizes=batch_sizes)
+    given = (tensors.gates, None, None, None, tensors.cell, zoneout, batch_sizes, chunk, False)
+    for got, exact in zip(torch.ops.pygen.on_lstm(*given), want, strict=False):
+        assert_near(got, exact, 1e-12)

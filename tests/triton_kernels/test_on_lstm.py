@@ -5,6 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from ops.on_lstm_loop import truth  # noqa: E402
 from pygen.triton_kernels import _common  # noqa: E402
 from pygen.triton_kernels import _on_lstm_cell as cell_kernels  # noqa: E402
 from pygen.triton_kernels import _on_lstm_sequence as sequence  # noqa: E402
@@ -62,38 +63,15 @@ class Layer:
 
 
 def loop(layer, gates, hidden, cell):
-    """(output, last hidden, last cell, distances) by the formulas."""
-    n = cell.shape[1] // layer.chunk_size
-    weight = None if layer.weight is None else layer.weight.double()
-    if layer.mask is not None:
-        weight = weight * ~layer.mask
-    h, c, outputs, forgets, ins, at = list(hidden), list(cell), [], [], [], 0
-    for count in layer.sizes:
-        for b in range(count):
-            x = gates[at] if weight is None else gates[at] + weight @ h[b]
-            i_tilde, f_tilde = x[: 2 * n].view(2, n).softmax(1)
-            master_in, master_forget = 1 - i_tilde.cumsum(0), f_tilde.cumsum(0)
-            o, candidate, i, f = x[2 * n :].view(4, n, layer.chunk_size)
-            a, z = master_in[:, None], master_forget[:, None]
-            overlap = a * z
-            kept, written = f.sigmoid() * overlap + (z - overlap), i.sigmoid() * overlap + (a - overlap)
-            new_c = kept * c[b].view(n, -1) + written * candidate.tanh()
-            new_h = (o.sigmoid() * new_c.tanh()).flatten()
-            new_c = new_c.flatten()
-            if layer.zoneout is not None:
-                keep_c, keep_h = layer.zoneout[:, at].double()
-                new_c, new_h = keep_c * c[b] + (1 - keep_c) * new_c, keep_h * h[b] + (1 - keep_h) * new_h
-            h[b], c[b] = new_h, new_c
-            outputs.append(new_h)
-            forgets.append(1 - master_forget.mean())
-            ins.append(master_in.mean())
-            at += 1
-    return torch.stack(outputs), torch.stack(h), torch.stack(c), torch.stack((torch.stack(forgets), torch.stack(ins)))
+    """(output, last hidden, last cell, distances) by the formulas; without a weight it is as if that were 0."""
+    weight = gates.new_zeros(gates.shape[1], cell.shape[1]) if layer.weight is None else layer.weight
+    options = {"mask": layer.mask, "zoneout": layer.zoneout, "batch_sizes": layer.batch_sizes}
+    return truth(gates, weight, hidden, cell, chunk_size=layer.chunk_size, **options)
 
 
 def assert_near(got, want, dtype):
     assert got.shape == want.shape and got.is_contiguous()
-    error = (got.detach().double() - want.detach()).abs().max()
+    error = (got.detach().cpu().double() - want.detach().cpu()).abs().max()
     assert error <= TOLERANCE[dtype] * max(1.0, want.abs().max())
 
 
@@ -109,7 +87,7 @@ def assert_layer(layer, grads=None):
     assert [y.dtype for y in got] == [dtype, dtype, *[wide(dtype)] * 4]
     for y, exact in zip(got, want, strict=False):
         assert_near(y, exact, dtype)
-    total = sum((y * g.double()).sum() for y, g in zip(want, grads, strict=True) if g is not None)
+    total = sum((y * g.cpu().double()).sum() for y, g in zip(want, grads, strict=True) if g is not None)
     exact_gradients = torch.autograd.grad(total, (gates, hidden, cell), materialize_grads=True)
     gradients = layer.back(got, grads)
     assert [g.dtype for g in gradients] == [dtype, dtype, layer.cell.dtype]
